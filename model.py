@@ -1,0 +1,425 @@
+"""GPT-2 and BERT in one class, whose FFNs may be sorted into experts.
+
+    MLP(x) = act(x W_in^T + b_in) W_out + b_out       both matrices neuron-major: neuron i is row i of each
+
+A converted MLP is the same MLP with its rows sorted: expert e is the slice offsets[e]:offsets[e+1], and a
+router says, per token, which slices to run. With every expert on it is the dense model again.
+
+    from model import load
+    m = load('out/d2dmoe.pt')                         # eval mode, no gradients
+    m.set_rule('dynk', tau=0.1)                       # tau = 0 runs everything
+    m.generate(idx, 100)
+
+    B batch · L sequence length · T tokens (B * L, less padding) · D n_embd · H heads · F hidden neurons
+    E experts (slices) · R router outputs · V vocabulary
+"""
+
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import router as R
+from kernel import ACTIVATIONS, dense_mlp, expert_mlp, linear
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used: one sentence says what, where, and what would work."""
+
+
+@dataclass
+class Config:
+    """All that is needed to rebuild the modules of a checkpoint."""
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    n_hidden: int = 1024
+    block_size: int = 256
+    vocab_size: int = 256
+    activation: str = 'relu'           # relu, gelu (erf), gelu_tanh
+    causal: bool = True                # GPT; False: BERT
+    pre_ln: bool = True                # GPT; False: BERT
+    n_types: int = 0                   # token types (BERT: 2)
+    head: Optional[str] = 'lm'         # lm, mlm, cls, None
+    n_classes: int = 0                 # for head = cls
+    pooler: bool = False               # BERT's tanh layer on the first token
+    dropout: float = 0.0               # embeddings, attention weights, residual branches; never hidden neurons
+    ln_eps: float = 1e-5
+    projections: str = ''              # which of q, k, v, o are MLPs of the same cost
+    n_slices: list = field(default_factory=list)   # E of every MLP in forward order; [] = dense
+    n_outputs: list = field(default_factory=list)  # R of every MLP that has owners, 0 elsewhere; [] = none has
+    router_loss: str = ''              # '' = no routers
+    router_width: int = 0
+    rule: str = ''                     # '' = run every expert, no router
+    tau: float = 0.0
+
+
+class Layout(NamedTuple):
+    """Where the tokens of the flat (T, D) activations stand in their (B, L) batch."""
+    B: int
+    L: int
+    index: Optional[torch.Tensor]      # (T,) positions of the real tokens, None when none is padding
+    mask: Optional[torch.Tensor]       # (B, 1, 1 or L, L) bool for attention, None when none is needed
+
+    def pad(self, x):                  # (T, D) -> (B, L, D)
+        if self.index is not None:
+            x = x.new_zeros(self.B * self.L, x.shape[-1]).index_copy(0, self.index, x)
+        return x.view(self.B, self.L, -1)
+
+    def pack(self, x):                 # (B, L, D) -> (T, D)
+        x = x.reshape(self.B * self.L, -1)
+        return x if self.index is None else x[self.index]
+
+
+class Linear(nn.Linear):
+    """nn.Linear on the fastest dense linear of the device."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    """The FFN of every block, and what a replaced attention projection becomes: dense or routed."""
+
+    def __init__(self, n_embd, n_hidden, act):
+        super().__init__()
+        self.act = act
+        self.w_in = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)
+        self.b_in = nn.Parameter(torch.zeros(n_hidden))
+        self.w_out = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)
+        self.b_out = nn.Parameter(torch.zeros(n_embd))
+        self.register_buffer('offsets', torch.tensor([0, n_hidden], dtype=torch.int32))
+        self.register_buffer('owners', None)                     # (R, E) bool
+        self.router = None
+        self.rule, self.tau, self.k = '', 0.0, 0                 # '' = run everything, without the router
+        self.oracle = False                                      # score with the true norms (evaluation only)
+        self.rho = None                                          # share of neurons run lately, a hint for kernels
+
+    def scores(self, x):                                         # (T, D) -> (T, R)
+        if self.oracle:
+            a = ACTIVATIONS[self.act](linear(x, self.w_in, self.b_in))
+            return R.expert_norms(a, *R.gram(self.w_out, self.offsets, self.owners))
+        return self.router(x)
+
+    def forward(self, x, tap=None):                              # (T, D) -> (T, D)
+        score = mask = None
+        if self.rule:
+            score = self.scores(x)
+            mask = R.to_slices(R.select(score, self.rule, self.tau, self.k), self.owners)  # (T, E)
+        if tap is None and mask is None:
+            return dense_mlp(x, self.w_in, self.b_in, self.w_out, self.b_out, self.act)
+        if tap is None:
+            return expert_mlp(x, mask, self.w_in, self.b_in, self.w_out, self.b_out, self.offsets, self.act,
+                              rho=self.rho)
+        z = linear(x, self.w_in, self.b_in)                      # (T, F)
+        a = ACTIVATIONS[self.act](z)
+        tap.append(dict(x=x, z=z, a=a, score=score, mask=mask))
+        if mask is not None:
+            a = a * self.neuron_mask(mask)
+        return linear(a, self.w_out.t(), self.b_out)
+
+    def neuron_mask(self, mask):                                 # (T, E) -> (T, F)
+        return mask.repeat_interleave(self.offsets.diff().long(), -1, output_size=self.w_in.shape[0])
+
+    @torch.no_grad()
+    def sort_neurons(self, order, offsets, owners=None):
+        """Put neuron order[i] at row i and cut the rows at `offsets`: the output stays what it was."""
+        for p in (self.w_in, self.b_in, self.w_out):
+            p.copy_(p[order])
+        self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
+        self.owners = owners
+
+
+class Attention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.causal, self.dropout = config.n_head, config.causal, config.dropout
+        D = config.n_embd
+        for name in 'qkvo':
+            replaced = name in config.projections
+            setattr(self, name, MLP(D, projection_width(D), 'relu') if replaced else Linear(D, D))
+
+    def project(self, name, x, tap):
+        module = getattr(self, name)
+        return module(x, tap) if isinstance(module, MLP) else module(x)
+
+    def forward(self, x, layout, cache=None, tap=None):          # (T, D) -> (T, D)
+        q, k, v = (layout.pad(self.project(name, x, tap)).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+                   for name in 'qkv')                            # (B, H, L, D/H)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, layout.mask, self.dropout if self.training else 0.0,
+                                           is_causal=self.causal and layout.mask is None and q.shape[2] > 1)
+        return self.project('o', layout.pack(y.transpose(1, 2).flatten(2)), tap)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.pre_ln = config.pre_ln
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.ln_eps)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.ln_eps)
+        self.mlp = MLP(config.n_embd, config.n_hidden, config.activation)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, layout, cache=None, tap=None):
+        if self.pre_ln:
+            x = x + self.drop(self.attn(self.ln_1(x), layout, cache, tap))
+            return x + self.drop(self.mlp(self.ln_2(x), tap))
+        x = self.ln_1(x + self.drop(self.attn(x, layout, cache, tap)))
+        return self.ln_2(x + self.drop(self.mlp(x, tap)))
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H, block_size, D/H), of which the first `n` positions are filled."""
+
+    def __init__(self, size):
+        self.k = self.v = None
+        self.size, self.n = size, 0
+
+    def extend(self, k, v):
+        if self.k is None:
+            B, H, _, d = k.shape
+            self.k, self.v = k.new_empty(B, H, self.size, d), v.new_empty(B, H, self.size, d)
+        end = self.n + k.shape[2]
+        self.k[:, :, self.n:end], self.v[:, :, self.n:end] = k, v
+        self.n = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Transformer(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.n_embd % c.n_head:
+            raise ValueError(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
+        if c.activation not in ACTIVATIONS:
+            raise ValueError(f'activation must be one of {", ".join(ACTIVATIONS)}, not {c.activation!r}')
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd)
+        self.wtt = nn.Embedding(c.n_types, c.n_embd) if c.n_types else None
+        self.ln_e = None if c.pre_ln else nn.LayerNorm(c.n_embd, eps=c.ln_eps)
+        self.drop = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.n_embd, eps=c.ln_eps) if c.pre_ln else None
+        self.pooler = Linear(c.n_embd, c.n_embd) if c.pooler else None
+        if c.head == 'mlm':                                      # BERT's: dense, GELU, LayerNorm, tied decoder
+            self.mlm = nn.ModuleDict(dict(dense=Linear(c.n_embd, c.n_embd),
+                                          ln=nn.LayerNorm(c.n_embd, eps=c.ln_eps)))
+            self.mlm_bias = nn.Parameter(torch.zeros(c.vocab_size))
+        self.classifier = Linear(c.n_embd, c.n_classes) if c.head == 'cls' else None
+        self.apply(self._init)
+        for name, p in self.named_parameters():                  # GPT-2: residual branches start small
+            if name.endswith(('attn.o.weight', 'mlp.w_out')):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+        if c.n_slices:
+            self.add_experts(c.n_slices, c.n_outputs)
+        if c.router_loss:
+            self.add_routers(c.router_loss, c.router_width)
+        self.set_rule(c.rule, c.tau)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def mlps(self):
+        """Every MLP in the order in which a forward pass taps them: replaced projections, then the FFN."""
+        return [m for block in self.blocks
+                for m in (block.attn.q, block.attn.k, block.attn.v, block.attn.o, block.mlp) if isinstance(m, MLP)]
+
+    def ffns(self):
+        return [block.mlp for block in self.blocks]
+
+    def add_experts(self, n_slices, n_outputs=()):
+        """Room for the offsets (and owners) of a checkpoint, or a note of what moefy has made."""
+        for i, mlp in enumerate(self.mlps()):
+            if len(mlp.offsets) != n_slices[i] + 1:
+                mlp.offsets = torch.zeros(n_slices[i] + 1, dtype=torch.int32)
+            if n_outputs and n_outputs[i] and mlp.owners is None:
+                mlp.owners = torch.zeros(n_outputs[i], n_slices[i], dtype=torch.bool)
+        self.config.n_slices, self.config.n_outputs = list(n_slices), list(n_outputs)
+
+    def add_routers(self, loss, width):
+        """A fresh router for every MLP; those of projections have width 32 (DESIGN)."""
+        ffns = set(self.ffns())
+        for mlp in self.mlps():
+            n_outputs = len(mlp.offsets) - 1 if mlp.owners is None else len(mlp.owners)
+            mlp.router = R.Router(self.config.n_embd, n_outputs, width if mlp in ffns else min(width, 32), loss)
+            mlp.router.to(mlp.w_in.device)
+        self.config.router_loss, self.config.router_width = loss, width
+
+    def set_rule(self, rule, tau=0.0, oracle=False):
+        """How scores become experts, in every MLP; '' runs all of them without a router. oracle: true norms."""
+        if rule and rule not in R.RULES:
+            raise ValueError(f'rule must be one of {", ".join(R.RULES)}, not {rule!r}')
+        for mlp in self.mlps():
+            if rule and not oracle and mlp.router is None:
+                raise ValueError(f'rule={rule} needs routers: this model has none yet')
+            n_outputs = len(mlp.offsets) - 1 if mlp.owners is None else len(mlp.owners)
+            mlp.rule, mlp.tau, mlp.oracle = rule, tau, oracle
+            mlp.k = max(1, round(tau * n_outputs))               # for topk, tau is the share of the outputs
+        self.config.rule, self.config.tau = rule, tau
+        return self
+
+    def encode(self, idx, attention_mask=None, token_type_ids=None, cache=None, tap=None):
+        """The last hidden states: idx (B, L) -> (B, L, D), zeros where attention_mask (B, L) is 0.
+
+        Activations are flat (T, D) between the embeddings and the end, without the padding: no expert,
+        router or FLOP is spent on it. `cache` holds a LayerCache for each block; `tap`, a list, receives
+        dict(x, z, a, score, mask) from every MLP.
+        """
+        B, L = idx.shape
+        past = cache[0].n if cache else 0
+        if past + L > self.config.block_size:
+            raise ValueError(f'{past + L} tokens do not fit into block_size={self.config.block_size}')
+        index = mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            index = attention_mask.reshape(-1).nonzero().squeeze(-1)
+            mask = attention_mask.bool()[:, None, None, :]                              # (B, 1, 1, L)
+            if self.config.causal:
+                mask = mask & torch.ones(L, L, dtype=torch.bool, device=idx.device).tril()
+        layout = Layout(B, L, index, mask)
+        x = self.wte(idx) + self.wpe(torch.arange(past, past + L, device=idx.device))   # (B, L, D)
+        if self.wtt is not None:
+            x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
+        x = layout.pack(x)                                                              # (T, D)
+        x = self.drop(x if self.ln_e is None else self.ln_e(x))
+        for i, block in enumerate(self.blocks):
+            x = block(x, layout, cache[i] if cache else None, tap)
+        return layout.pad(x if self.ln_f is None else self.ln_f(x))
+
+    def logits(self, h):
+        """The head: (..., D) -> (..., V) for lm and mlm; (B, L, D) -> (B, classes) for cls."""
+        if self.config.head == 'cls':
+            h = h[:, 0]
+            return self.classifier(self.drop(h if self.pooler is None else torch.tanh(self.pooler(h))))
+        if self.config.head == 'mlm':
+            h = self.mlm['ln'](F.gelu(self.mlm['dense'](h)))
+            return linear(h, self.wte.weight, self.mlm_bias)
+        return linear(h, self.wte.weight)
+
+    def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None):
+        h = self.encode(idx, attention_mask, token_type_ids, tap=tap)
+        return h if self.config.head is None else self.logits(h)
+
+    @torch.inference_mode()
+    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
+        """Prompt and continuation: idx (B, L) -> (B, L + n). Temperature 0 is greedy.
+
+        A prompt longer than the block, and every full block, is re-encoded from its last half.
+        """
+        if not self.config.causal:
+            raise ValueError('only a causal model generates')
+        block, cache = self.config.block_size, None
+        for _ in range(n):
+            if cache is None or cache[0].n == block:
+                fits = cache is None and idx.shape[1] <= block
+                window = idx if fits else idx[:, -max(1, block // 2):]
+                cache = [LayerCache(block) for _ in self.blocks]
+            else:
+                window = idx[:, -1:]
+            logits = self.logits(self.encode(window, cache=cache)[:, -1])               # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            idx = torch.cat([idx, new], 1)
+        return idx
+
+    def flops(self, seq_len, rho=None):
+        """FLOPs per token of one forward pass over sequences of `seq_len` tokens, 2 per multiply-add.
+
+        rho: the share of neurons run in each MLP of mlps(), routers counted; None: dense, without routers.
+        Not counted: norms, softmax, activations, look-ups. Attention counts the full square.
+        Returns {'attention', 'scores', 'mlp', 'router', 'head', 'total'}.
+        """
+        c = self.config
+        D, ffns, mlps = c.n_embd, set(self.ffns()), self.mlps()
+        out = dict(attention=2 * D * D * (4 - len(c.projections)) * c.n_layer,
+                   scores=4 * D * seq_len * c.n_layer, mlp=0.0, router=0.0, head=0.0)
+        for mlp, share in zip(mlps, rho or [1.0] * len(mlps)):
+            out['mlp' if mlp in ffns else 'attention'] += 4 * D * mlp.w_in.shape[0] * share
+            if rho is not None and mlp.router is not None:
+                out['router'] += 2 * (mlp.router.w1.numel() + mlp.router.w2.numel())
+        if c.head == 'cls':                                      # once for a sequence
+            out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
+        elif c.head:
+            out['head'] = 2 * D * c.vocab_size + (2 * D * D if c.head == 'mlm' else 0)
+        out['total'] = sum(out.values())
+        return out
+
+
+def projection_width(n_embd):
+    """Hidden width at which an MLP with biases costs what the D x D projection with its bias did."""
+    return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
+
+
+def write_atomically(path, write):
+    """write(temporary path), flushed and renamed over `path`: a kill leaves the old file or the new one."""
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path), suffix='.tmp')
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, 'rb+') as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)                               # mkstemp's 0600 is for secrets
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save(model, path, **extra):
+    """One dict for torch.load(weights_only=True): config, model, and whatever `extra` says of the run."""
+    data = dict(config=asdict(model.config), model=model.state_dict(), **extra)
+    write_atomically(path, lambda temporary: torch.save(data, temporary))
+
+
+def read_checkpoint(path):
+    """The dict of a checkpoint, its tensors mapped from the file. BadInput if it is none."""
+    if not os.path.isfile(path):
+        raise BadInput(f'{path}: no such checkpoint')
+    try:
+        data = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except Exception as error:                                   # torch raises half a dozen kinds for bad files
+        raise BadInput(f'{path}: not a readable checkpoint, perhaps cut short '
+                         f'({str(error).splitlines()[0][:100]})') from None
+    if not isinstance(data, dict) or not {'config', 'model'} <= data.keys():
+        raise BadInput(f'{path}: not a d2dmoe checkpoint (it has no config and model)')
+    return data
+
+
+def build(data, path='checkpoint'):
+    """The model of a checkpoint's dict, in eval mode and without gradients."""
+    unknown = data['config'].keys() - {f.name for f in fields(Config)}
+    if unknown:
+        raise BadInput(f'{path}: unknown config entries {sorted(unknown)}: written by another version?')
+    with torch.device('meta'):
+        model = Transformer(Config(**data['config']))
+    try:
+        model.load_state_dict(data['model'], assign=True)
+    except RuntimeError as error:
+        raise BadInput(f'{path}: its tensors do not match its config ({str(error).splitlines()[1].strip()})') from None
+    return model.eval().requires_grad_(False)
+
+
+def load(path):
+    """A model of ours from a checkpoint of ours, in eval mode and without gradients."""
+    return build(read_checkpoint(path), path)

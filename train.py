@@ -1,0 +1,822 @@
+"""From a dense transformer to a dynamic-k mixture of experts: phases, data, the loop, the command line.
+
+    python train.py                              every phase that is not done yet, then the table
+    python train.py --phase=sparsify             one phase, on the checkpoint before it
+    python train.py --phase=sample --prompt='def ' --tau=0.1
+    python train.py --help                       every option
+
+    base --> dense                               the control: as many more steps, no penalty
+      +----> sparsify --> moefy --> router --> eval
+    base.pt  sparse.pt    moe.pt    d2dmoe.pt  results.json
+
+A phase is a row of PHASES: what it reads and writes, what it does to the model once (`make`), which
+parameters learn from which loss (`learn`), for how long. All of them share one loop (`run_phase`). A new
+method is a new row and a loss function.
+
+An option that is not typed keeps the value with which the phase before was run; one that is typed and
+differs from a finished phase stops the run, unless --overwrite=1 runs that phase again.
+"""
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import moefy
+import router
+import sparsify
+from kernel import ACTIVATIONS
+from model import BadInput, Config, Transformer, build, read_checkpoint, save, write_atomically
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+@dataclass
+class Options:
+    phase: str = 'all'               # base, dense, sparsify, moefy, router, eval, sample, or all that is left
+    preset: str = ''                 # gpt2 (124 M, the paper's settings), hour (about an hour on 2 cores)
+    out_dir: str = 'out'             # checkpoints, the encoded data, results.json
+    overwrite: bool = False          # run phases again whose options or input changed
+    # data
+    data: str = 'stdlib'             # stdlib, a text file, a folder of them, or one with train.bin and val.bin
+    tokenizer: str = 'bytes'         # bytes, gpt2
+    # model
+    init_from: str = ''              # a checkpoint of ours instead of a new model
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256                # the FFN has 4 n_embd neurons
+    block_size: int = 256
+    activation: str = 'relu'         # of the base: relu, gelu, gelu_tanh; sparsify turns gelu into relu
+    dropout: float = 0.0
+    # the loop
+    seed: int = 0                    # repeats a CPU run bit for bit
+    device: str = 'auto'             # auto, cpu, cuda, mps
+    compile: bool = False            # torch.compile while training
+    batch_size: int = 8              # sequences a micro-step
+    grad_accum: int = 1              # micro-steps a step
+    learning_rate: float = 2e-3      # of the base; cosine to a tenth, warm-up over 5 %
+    finetune_lr: float = 1e-3        # of dense and sparsify
+    router_lr: float = 3e-3
+    weight_decay: float = 0.1        # on matrices only
+    base_steps: int = 600
+    sparsify_steps: int = 200        # of dense, too
+    router_steps: int = 200
+    # the method
+    sparsity_loss: str = 'l1'        # hoyer, l1; gelu_clamp keeps GELU
+    sparsity_weight: float = 3e-3
+    sparsity_ramp: float = 0.5       # share of the run over which the weight rises
+    n_experts: int = 128
+    expert_size: int = 0             # neurons an expert, instead of n_experts
+    split: str = 'kmeans'            # kmeans, random
+    router_loss: str = 'norm,active' # norm (the paper), active, share
+    router_width: int = 64
+    # evaluation and sampling
+    rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
+    tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
+    eval_batches: int = 16           # of batch_size held-out sequences; the first half picks tau
+    prompt: str = '\n'
+    n_tokens: int = 300              # to sample
+    temperature: float = 0.8
+    top_k: int = 50
+
+
+PRESETS = {
+    'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16, base_steps=1200,
+                 sparsify_steps=400, router_steps=400, learning_rate=1e-3, finetune_lr=5e-4, router_width=96),
+    # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 experts of 4
+    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', n_layer=12, n_head=12, n_embd=768,
+                 block_size=1024, activation='gelu_tanh', batch_size=8, grad_accum=120, sparsify_steps=1000,
+                 finetune_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0, n_experts=768,
+                 router_steps=5000, router_lr=3e-3, router_width=128),
+}
+
+CHOICES = dict(activation=tuple(ACTIVATIONS), sparsity_loss=sparsify.LOSSES, split=moefy.SPLITS,
+               tokenizer=('bytes', 'gpt2'), preset=('', *PRESETS), rule=('', *router.RULES),
+               device=('auto', 'cpu', 'cuda', 'mps'))
+POSITIVE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'grad_accum', 'eval_batches', 'n_experts',
+            'router_width', 'learning_rate', 'finetune_lr', 'router_lr')
+
+
+def parse(argv):
+    """`--key=value` arguments -> (Options, the set of names that were typed, or given by a typed preset)."""
+    defaults = Options()
+    types = {f.name: type(getattr(defaults, f.name)) for f in fields(Options)} | {'tau': float}
+    typed = {}
+    for arg in argv:
+        key, eq, value = arg.partition('=')
+        name = key.removeprefix('--').replace('-', '_')
+        if not key.startswith('--') or not eq:
+            raise BadInput(f'{arg!r} is not of the form --key=value (python train.py --help lists the keys)')
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
+            raise BadInput(f'--{name}: unknown option' + (f'; did you mean --{near[0]}?' if near else '; see --help'))
+        typed[name] = cast(name, value, types[name])
+    o = Options(**{**PRESETS[typed.get('preset') or 'none'], **typed} if typed.get('preset') else typed)
+    typed = set(typed) | (set(PRESETS[o.preset]) if o.preset else set())
+    check(o)
+    return o, typed
+
+
+def cast(name, value, kind):
+    words = {'1': True, 'true': True, 'True': True, '0': False, 'false': False, 'False': False}
+    try:
+        value = words[value] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        raise BadInput(f'--{name}={value}: must be {"0 or 1" if kind is bool else "of type " + kind.__name__}') from None
+    if name in CHOICES and value not in CHOICES[name]:
+        raise BadInput(f'--{name}={value}: must be one of {", ".join(c for c in CHOICES[name] if c)}')
+    return value
+
+
+def check(o):
+    """Everything about the options that can be wrong before anything is read or written."""
+    if o.phase not in (*(p.name for p in PHASES), 'all', 'eval', 'sample'):
+        raise BadInput(f'--phase={o.phase}: must be all, eval, sample or one of '
+                       + ', '.join(p.name for p in PHASES))
+    for name in POSITIVE:
+        if not getattr(o, name) > 0:
+            raise BadInput(f'--{name}={getattr(o, name)}: must be positive')
+    for name in ('base_steps', 'sparsify_steps', 'router_steps', 'sparsity_weight', 'weight_decay', 'temperature'):
+        if not getattr(o, name) >= 0:
+            raise BadInput(f'--{name}={getattr(o, name)}: must not be negative')
+    for name in ('tau', 'sparsity_ramp', 'dropout'):
+        if getattr(o, name) is not None and not 0 <= getattr(o, name) <= 1:
+            raise BadInput(f'--{name}={getattr(o, name)}: must be between 0 and 1')
+    if o.n_embd % o.n_head:
+        raise BadInput(f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
+    if unknown := [loss for loss in losses(o) if loss not in router.LOSSES]:
+        raise BadInput(f'--router_loss={",".join(unknown)}: must be one or more of {", ".join(router.LOSSES)}')
+    if o.expert_size < 0 or o.expert_size > 4 * o.n_embd:
+        raise BadInput(f'--expert_size={o.expert_size}: must be between 1 and the {4 * o.n_embd} neurons of an FFN')
+    if not o.expert_size and o.n_experts > 4 * o.n_embd:
+        raise BadInput(f'--n_experts={o.n_experts}: more experts than the {4 * o.n_embd} neurons of an FFN')
+    if o.device == 'cuda' and not torch.cuda.is_available() or o.device == 'mps' and not torch.mps.is_available():
+        raise BadInput(f'--device={o.device}: torch {torch.__version__} finds none here; try --device=auto')
+
+
+def losses(o):
+    return [loss.strip() for loss in o.router_loss.split(',')]
+
+
+def print_help():
+    print(__doc__)
+    for line in open(__file__, encoding='utf-8').read().split('class Options:')[1].split('\n\n\n')[0].splitlines():
+        name, _, rest = line.strip().partition(':')
+        if line.strip().startswith('#'):
+            print(f'\n  {line.strip()[2:]}')
+        elif rest:
+            default, _, comment = rest.partition('=')[2].partition('#')
+            print(f'  --{name:<16} {default.strip():<14} {comment.strip()}')
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def tokenizer(name):
+    """The tiktoken Encoding behind --tokenizer: the 256 bytes, or GPT-2's vocabulary (downloaded once)."""
+    import tiktoken
+    if name == 'bytes':                                          # whole lines as pieces: nothing merges in them
+        return tiktoken.Encoding('bytes', pat_str=r'[^\n]*\n|[^\n]+', special_tokens={},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:                                   # requests' errors, a bad cache: one way out
+        raise BadInput(f'--tokenizer={name}: its vocabulary could be neither downloaded nor found in '
+                       f'TIKTOKEN_CACHE_DIR ({type(error).__name__}); connect once, set that folder to a filled '
+                       f'cache, or use --tokenizer=bytes') from None
+
+
+def text_files(source):
+    """The files behind --data: (path, bytes) in a fixed order, and how the source is called."""
+    if source == 'stdlib':
+        root = sysconfig.get_paths()['stdlib']
+        found = [os.path.join(d, f) for d, dirs, names in os.walk(root) for f in names if f.endswith('.py')
+                 and not {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'} & set(d.split(os.sep))]
+        label = f"Python {platform.python_version()}'s standard library"
+    elif os.path.isfile(source):
+        found, label = [source], source
+    elif os.path.isdir(source):
+        found = [os.path.join(d, f) for d, dirs, names in os.walk(source) for f in names if not f.startswith('.')]
+        found = [f for f in found if b'\0' not in open(f, 'rb').read(8192)]             # text only
+        label = source
+    else:
+        raise BadInput(f'--data={source}: no such file or folder (or use --data=stdlib)')
+    return [(f, os.path.getsize(f)) for f in sorted(found)], label
+
+
+def text_chunks(files, size):
+    """The text of all files in pieces of `size` characters, never more than one in memory."""
+    rest = ''
+    for path, _ in files:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            while piece := f.read(size - len(rest)):
+                rest += piece
+                if len(rest) == size:
+                    yield rest
+                    rest = ''
+        rest = rest + '\n' if len(rest) < size - 1 else rest
+    if rest:
+        yield rest
+
+
+class Corpus(NamedTuple):
+    """Token files mapped into memory, and where they came from."""
+    train: np.ndarray
+    val: np.ndarray
+    vocab_size: int
+    about: dict
+
+
+def open_corpus(o, say=print):
+    """--data as mapped uint16 tokens. Text is encoded once, into out_dir; a fingerprint says when again.
+
+    Every 20th chunk of the text is held out, so that the held-out part is spread over all of it.
+    """
+    enc = tokenizer(o.tokenizer)
+    if os.path.isdir(o.data) and os.path.isfile(os.path.join(o.data, 'train.bin')):
+        folder, about = o.data, dict(source=o.data, tokenizer=o.tokenizer)
+        if not os.path.isfile(os.path.join(folder, 'val.bin')):
+            raise BadInput(f'--data={o.data}: has train.bin but no val.bin')
+    else:
+        files, label = text_files(o.data)
+        total = sum(n for _, n in files)
+        if total == 0:
+            raise BadInput(f'--data={o.data}: empty')
+        stamp = [(f, n, os.stat(f).st_mtime_ns) for f, n in files]
+        key = hashlib.sha256(json.dumps([stamp, o.tokenizer]).encode()).hexdigest()[:12]
+        folder = os.path.join(o.out_dir, f'data-{key}')
+        about = dict(source=label, tokenizer=o.tokenizer, n_files=len(files), bytes=total)
+        if not os.path.isfile(os.path.join(folder, 'meta.json')):
+            encode_text(enc, files, folder, about, say)
+    tokens = []
+    for name in ('train.bin', 'val.bin'):
+        path = os.path.join(folder, name)
+        n = os.path.getsize(path) // 2
+        if n < o.block_size + 1:
+            raise BadInput(f'--data={o.data}: {n} tokens in {name} are too few for --block_size={o.block_size}')
+        tokens.append(np.memmap(path, dtype=np.uint16, mode='r'))
+        top = int(tokens[-1][:10_000_000].max())
+        if top >= enc.n_vocab:
+            raise BadInput(f'--data={o.data}: token {top} in {name} is beyond the {enc.n_vocab} of '
+                           f'--tokenizer={o.tokenizer}')
+    about |= dict(train_tokens=len(tokens[0]), val_tokens=len(tokens[1]))
+    detail = f'{about["n_files"]:,} files, {about["bytes"] / 1e6:.1f} MB' if 'bytes' in about else 'token files'
+    say(f'data: {about["source"]} ({detail}): {len(tokens[0]):,} tokens to train on, {len(tokens[1]):,} held out')
+    return Corpus(*tokens, enc.n_vocab, about)
+
+
+def encode_text(enc, files, folder, about, say):
+    """Write train.bin, val.bin and meta.json (which files, how many bytes) into `folder`, all or nothing."""
+    make_folder(os.path.dirname(folder))
+    building = f'{folder}.{os.getpid()}'
+    os.makedirs(building)
+    try:
+        total, seen, last = about['bytes'], 0, time.time()
+        size = max(1, min(65536, total // 40))
+        with open(os.path.join(building, 'train.bin'), 'wb') as train, \
+             open(os.path.join(building, 'val.bin'), 'wb') as val:
+            for i, text in enumerate(text_chunks(files, size)):
+                np.array(enc.encode_ordinary(text), dtype=np.uint16).tofile(val if i % 20 == 10 else train)
+                seen += len(text)
+                if time.time() - last > 5:
+                    last = time.time()
+                    say(f'encoding {about["source"]}: {seen / total:.0%}')
+        with open(os.path.join(building, 'meta.json'), 'w') as f:
+            json.dump(dict(about, files=files), f, indent=1)
+        if os.path.isdir(folder):                                # another process was faster, or one was killed
+            shutil.rmtree(folder)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, 'not writable')
+    except OSError as error:
+        raise BadInput(f'--out_dir={path}: cannot be written ({error.strerror})') from None
+
+
+def get_batch(corpus, o, device, step, phase):
+    """Batch number `step` of a phase: random crops that depend on nothing but seed, phase and step."""
+    rng = np.random.default_rng([o.seed, [p.name for p in PHASES].index(phase), step])
+    at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
+    return to_batch(corpus.train, at, o.block_size, corpus.vocab_size, device)
+
+
+def held_out(corpus, o, device):
+    """The fixed evaluation set: eval_batches x batch_size sequences, evenly spread over the held-out part."""
+    n = min(o.eval_batches * o.batch_size, max(1, (len(corpus.val) - 1) // o.block_size))
+    at = np.linspace(0, len(corpus.val) - o.block_size - 1, n).astype(int)
+    return [to_batch(corpus.val, a, o.block_size, corpus.vocab_size, device)
+            for a in np.array_split(at, max(1, n // o.batch_size))]
+
+
+def to_batch(tokens, at, length, vocab_size, device):
+    """(what model.encode takes, the targets), each (B, L) int64."""
+    crops = np.stack([tokens[i:i + length + 1] for i in at]).astype(np.int64)
+    if crops.max() >= vocab_size:
+        raise BadInput(f'--data: token {crops.max()} is beyond the {vocab_size} of --tokenizer')
+    crops = torch.from_numpy(crops).to(device)
+    return dict(idx=crops[:, :-1]), crops[:, 1:]
+
+
+# ---------------------------------------------------------------------------------------------- phases
+
+def task_loss(model, batch, tap=None):
+    inputs, targets = batch
+    logits = model(**inputs, tap=tap)
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+class Phase(NamedTuple):
+    name: str
+    source: Optional[str]             # the phase whose checkpoint it reads
+    file: str
+    steps: Optional[str]              # names of options
+    lr: Optional[str]
+    make: Callable                    # (model, options, say) -> what to remember: the change made once, in place
+    learn: Optional[Callable]         # (model, options) -> parameters that learn, loss_fn(batch, progress) -> loss, log
+    depends: tuple                    # options that change its result
+
+
+def make_nothing(model, o, say):
+    return {}
+
+
+def learn_task(model, o):
+    return model.parameters(), lambda batch, progress: (task_loss(model, batch), {})
+
+
+def make_sparsify(model, o, say):
+    if o.sparsity_loss != 'gelu_clamp' and model.config.activation != 'relu':
+        say(f'{model.config.activation} becomes relu')
+        sparsify.relufy(model)
+    return {}
+
+
+def learn_sparsify(model, o):
+    def loss_fn(batch, progress):
+        alpha = o.sparsity_weight * min(1.0, progress / o.sparsity_ramp if o.sparsity_ramp else 1.0)
+        return sparsify.train_loss(model, batch, task_loss, o.sparsity_loss, alpha)
+    return model.parameters(), loss_fn
+
+
+def make_moefy(model, o, say):
+    """Sort every MLP's neurons into experts, and make sure that nothing else changed."""
+    idx = torch.arange(min(64, model.config.block_size))[None] % model.config.vocab_size
+    before, scores, start = model(idx), [], time.time()
+    for i, mlp in enumerate(model.mlps()):
+        n_hidden = mlp.w_in.shape[0]
+        n_experts = max(1, n_hidden // o.expert_size) if o.expert_size else o.n_experts
+        if n_experts > n_hidden:
+            raise BadInput(f'--n_experts={n_experts}: more experts than the {n_hidden} neurons of an MLP')
+        scores.append(moefy.split_mlp(mlp, n_experts, o.split, o.seed))
+        left = (time.time() - start) / (i + 1) * (len(model.mlps()) - i - 1)
+        say(f'moefy   mlp {i + 1}/{len(model.mlps())}  {n_experts} experts  objective {scores[-1][0]:.1f} '
+            f'(random split {scores[-1][1]:.1f})  {clock(left)} left')
+    model.add_experts([len(mlp.offsets) - 1 for mlp in model.mlps()])
+    worst = (model(idx) - before).abs().max().item()
+    if not worst <= 1e-4 * max(1.0, before.abs().max().item()):
+        raise RuntimeError(f'sorting neurons changed the output by {worst:.2e}: nothing was written')
+    say(f'moefy   dense output unchanged to {worst:.1e}')
+    return dict(objective=[a for a, _ in scores], objective_random=[b for _, b in scores], output_change=worst)
+
+
+def make_router(loss, model, o, say):
+    model.add_routers(loss, o.router_width)
+    if loss == 'share':
+        for mlp in model.mlps():
+            mlp.router.init_share(mlp.w_in, mlp.offsets, mlp.owners)
+    return {}
+
+
+def learn_router(model, o):
+    grams = [router.gram(mlp.w_out, mlp.offsets, mlp.owners) for mlp in model.mlps()]
+    parameters = [p for mlp in model.mlps() for p in mlp.router.parameters()]
+    return parameters, lambda batch, progress: router.train_loss(model, batch[0], grams)
+
+
+LOOP = ('seed', 'batch_size', 'grad_accum', 'weight_decay')
+PHASES = [
+    Phase('base', None, 'base.pt', 'base_steps', 'learning_rate', make_nothing, learn_task,
+          (*LOOP, 'data', 'tokenizer', 'init_from', 'n_layer', 'n_head', 'n_embd', 'block_size', 'activation',
+           'dropout', 'learning_rate', 'base_steps')),
+    Phase('dense', 'base', 'dense.pt', 'sparsify_steps', 'finetune_lr', make_nothing, learn_task,
+          (*LOOP, 'finetune_lr', 'sparsify_steps')),
+    Phase('sparsify', 'base', 'sparse.pt', 'sparsify_steps', 'finetune_lr', make_sparsify, learn_sparsify,
+          (*LOOP, 'finetune_lr', 'sparsify_steps', 'sparsity_loss', 'sparsity_weight', 'sparsity_ramp')),
+    Phase('moefy', 'sparsify', 'moe.pt', None, None, make_moefy, None,
+          ('seed', 'n_experts', 'expert_size', 'split')),
+    *(Phase('router', 'moefy', 'd2dmoe.pt' if loss == 'norm' else f'd2dmoe-{loss}.pt', 'router_steps', 'router_lr',
+            functools.partial(make_router, loss), learn_router,
+            (*LOOP, 'router_lr', 'router_steps', 'router_width')) for loss in router.LOSSES),
+]
+
+
+def wanted(name, o):
+    """The rows of PHASES called `name`: the router's are one for each loss that was asked for."""
+    rows = [p for p in PHASES if p.name == name]
+    return [row for row, loss in zip(rows, router.LOSSES) if loss in losses(o)] if name == 'router' else rows
+
+
+def file_hash(path):
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()[:16] if hasattr(hashlib, 'file_digest') else \
+            hashlib.sha256(f.read()).hexdigest()[:16]
+
+
+def settle(phase, o, typed, parent, own, names):
+    """The options a phase runs with, and whether its finished checkpoint still stands.
+
+    Untyped options come from the input's checkpoint, then from the phase's own. Typed ones that differ from
+    the input's are an error, from the phase's own an error too unless --overwrite=1.
+    """
+    o = Options(**asdict(o))
+    source_name, own_name = names
+    for name, value in (parent or {}).get('options', {}).items():
+        if name not in typed:
+            setattr(o, name, value)
+        elif name not in phase.depends and getattr(o, name) != value:
+            raise BadInput(f'--{name}={getattr(o, name)}: {source_name} was made with {value}; leave the option out, '
+                           f'or start again with --phase=all --overwrite=1 or another --out_dir')
+    if own:
+        for name in phase.depends:
+            value = own['options'].get(name)
+            if name not in typed and not o.overwrite:
+                setattr(o, name, value)
+            elif getattr(o, name) != value:
+                if not o.overwrite:
+                    raise BadInput(f'--{name}={getattr(o, name)}: {own_name} was made with {value}; leave the option '
+                                   f'out, run the phase again with --overwrite=1, or use another --out_dir')
+                print(f'{phase.name}: --{name} changed from {value} to {getattr(o, name)}: running it again')
+                own = None
+                break
+    check(o)
+    return o, own
+
+
+def run_phase(phase, o, typed, source_path, path, say=print):
+    """Bring one phase to its end, from nothing or from where it was stopped. Returns what it wrote."""
+    parent = parent_hash = None
+    if phase.source:
+        if not os.path.isfile(source_path):
+            raise BadInput(f'--phase={phase.name} needs {source_path}: make it with python train.py '
+                           f'--phase={phase.source}' + (f' --out_dir={o.out_dir}' if o.out_dir != 'out' else ''))
+        parent = read_checkpoint(source_path)
+        if unfinished(parent):
+            raise BadInput(f'{source_path} stopped at step {parent["step"]} of {parent["steps"]}: finish it with '
+                           f'python train.py --phase={parent["phase"]}')
+        parent_hash = file_hash(source_path)
+    own = read_checkpoint(path) if os.path.exists(path) else None
+    o, own = settle(phase, o, typed, parent, own, (source_path, path))
+    if own and own.get('parent') != parent_hash:
+        if not o.overwrite:
+            raise BadInput(f'{path} was made from another {source_path}; --overwrite=1 makes it again')
+        say(f'{phase.name}: {source_path} changed: running it again')
+        own = None
+    steps = getattr(o, phase.steps) if phase.steps else 0
+    if own and not unfinished(own):
+        if not (o.overwrite and o.phase == phase.name):
+            say(f'{phase.name:8s}done ({path})')
+            return own
+        own = None
+    make_folder(os.path.dirname(os.path.abspath(path)))
+    torch.manual_seed(o.seed)
+    device, corpus = pick_device(o), None
+    if phase.learn:
+        corpus = open_corpus(o, say)
+    if own:
+        model, notes, start = build(own, path), own['metrics'], own['step']
+        say(f'{phase.name:8s}going on at step {start} of {steps}')
+    else:
+        model, start = build(parent, source_path) if parent else new_model(o, corpus.vocab_size), 0
+        notes = phase.make(model, o, say)
+    model.to(device)
+    options = {**(parent or {}).get('options', {}), **{k: getattr(o, k) for k in phase.depends}}
+    record = dict(phase=phase.name, steps=steps, options=options, parent=parent_hash,
+                  data=corpus.about if corpus else parent.get('data'), metrics=notes)
+    if phase.learn:
+        train(phase, model, o, corpus, device, record, path, start, steps, own, say)
+    save(model, path, step=steps, optimizer=None, rng=torch.get_rng_state(), **record)
+    return read_checkpoint(path)
+
+
+def unfinished(checkpoint):
+    return checkpoint['step'] < checkpoint['steps']
+
+
+def new_model(o, vocab_size):
+    if o.init_from:
+        model = build(read_checkpoint(o.init_from), o.init_from)
+        if vocab_size != model.config.vocab_size:
+            raise BadInput(f'--init_from={o.init_from} has {model.config.vocab_size} tokens, --tokenizer='
+                           f'{o.tokenizer} has {vocab_size}')
+        return model
+    return Transformer(Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
+                              block_size=o.block_size, vocab_size=vocab_size, activation=o.activation,
+                              dropout=o.dropout))
+
+
+def pick_device(o):
+    if o.device != 'auto':
+        return o.device
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
+
+
+def train(phase, model, o, corpus, device, record, path, start, steps, own, say):
+    """The loop: AdamW (decay on matrices only), cosine with warm-up, clipping, accumulation, checkpoints."""
+    parameters, loss_fn = phase.learn(model, o)
+    parameters = list(parameters)
+    for p in parameters:
+        p.requires_grad_(True)
+    model.train(phase.name != 'router')                          # the routers learn on a frozen model
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    peak = getattr(o, phase.lr)
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=o.weight_decay),
+                                   dict(params=others, weight_decay=0.0)], lr=peak, betas=(0.9, 0.95),
+                                  fused=device in ('cpu', 'cuda'))
+    if own:
+        optimizer.load_state_dict(own['optimizer'])
+        torch.set_rng_state(own['rng'])
+    if o.compile:
+        model.compile()
+    cast = torch.autocast('cuda', torch.bfloat16, enabled=device == 'cuda')
+    warmup = max(1, steps // 20)
+    stopped, saved_step, began = [], start, time.time()
+    logged = saved = began
+    handlers = {s: signal.signal(s, lambda *_: stopped.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in range(start, steps):
+            rate = peak * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group['lr'] = rate
+            for micro in range(o.grad_accum):
+                batch = get_batch(corpus, o, device, step * o.grad_accum + micro, phase.name)
+                with cast:
+                    loss, log = loss_fn(batch, (step + 1) / steps)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f'{phase.name}: the loss is {loss.item()} at step {step + 1}; '
+                        + (f'{path} keeps step {saved_step}' if saved_step else f'{path} was not written')
+                        + f'; a smaller --{phase.lr} than {peak} may help')
+                (loss / o.grad_accum).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now = time.time()
+            if now - logged > 5 or step + 1 in (steps, start + 2):
+                logged, speed = now, (step + 1 - start) / (now - began)
+                tokens = speed * o.batch_size * o.grad_accum * o.block_size
+                zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
+                say(f'{phase.name:8s}step {step + 1}/{steps}  loss {log.get("task", loss).item():.4f}{zeros}  '
+                    f'{tokens:,.0f} tokens/s  {clock((steps - step - 1) / speed)} left', flush=True)
+            if stopped or now - saved > 60:
+                save(model, path, step=step + 1, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
+                     **record)
+                saved, saved_step = now, step + 1
+            if stopped and step + 1 < steps:
+                raise KeyboardInterrupt(f'{phase.name} stopped at step {step + 1} of {steps}; '
+                                        'the same command goes on from there')
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    model.eval().requires_grad_(False)
+
+
+def clock(seconds):
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}' if seconds >= 3600 else \
+        f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+USUAL_RULE = dict(norm='dynk', active='threshold', share='topk', oracle='dynk')
+GRID = dict(dynk=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
+            threshold=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7), topk=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7))
+
+
+@torch.no_grad()
+def evaluate(model, batches):
+    """Loss, accuracy and the share of neurons run of every batch: (n,), (n,), (n, MLPs)."""
+    losses, accuracies, shares = [], [], []
+    for inputs, targets in batches:
+        tap = []
+        logits = model(**inputs, tap=tap)
+        losses.append(F.cross_entropy(logits.float().flatten(0, -2), targets.flatten()))
+        accuracies.append((logits.argmax(-1) == targets).float().mean())
+        shares.append(torch.stack([torch.ones(()) if t['mask'] is None else
+                                   (t['mask'].float().mean(0) @ mlp.offsets.diff().float()).cpu() / mlp.w_in.shape[0]
+                                   for t, mlp in zip(tap, model.mlps())]))
+    return torch.stack(losses).cpu(), torch.stack(accuracies).cpu(), torch.stack(shares)
+
+
+def time_beside(model, dense, inputs, repeats=5):
+    """Median seconds of both, taken in turn so that a slower moment of the machine hits both."""
+    times = {model: [], dense: []}
+    with torch.inference_mode():
+        for i in range(repeats + 1):
+            for m in (dense, model):
+                start = time.perf_counter()
+                m(**inputs)
+                if inputs['idx'].is_cuda:
+                    torch.cuda.synchronize()
+                if i:                                            # the first round warms up
+                    times[m].append(time.perf_counter() - start)
+    return statistics.median(times[model]), statistics.median(times[dense])
+
+
+def evaluation(o, typed, say=print):
+    """The table: dense, every expert on, each router over its rule's grid, top-k, and the oracle."""
+    path = functools.partial(os.path.join, o.out_dir)
+    models = {}
+    for name, file in [('dense', 'dense.pt'), ('sparse', 'sparse.pt')] + \
+            [(loss, p.file) for loss, p in zip(router.LOSSES, [p for p in PHASES if p.name == 'router'])]:
+        if os.path.isfile(path(file)) or name in ('dense', 'sparse'):
+            data = read_checkpoint(path(file))
+            if unfinished(data):
+                raise BadInput(f'{path(file)} stopped at step {data["step"]} of {data["steps"]}: run python train.py')
+            o, _ = settle(Phase('eval', None, '', None, None, None, None, LOOP), o, typed, data, None, (path(file), ''))
+            models[name] = build(data, path(file))
+    routed = [name for name in models if name in router.LOSSES]
+    if not routed:
+        raise BadInput(f'--phase=eval needs {path("d2dmoe.pt")}: make it with python train.py --phase=router')
+    device = pick_device(o)
+    for m in models.values():
+        m.to(device)
+    corpus = open_corpus(o, say)
+    batches = held_out(corpus, o, device)
+    prefill = to_batch(corpus.val, np.linspace(0, len(corpus.val) - o.block_size - 1, 16).astype(int), o.block_size,
+                       corpus.vocab_size, device)[0]
+    todo = [('dense', '', None), ('sparse', '', None)]
+    for name in [*routed, 'oracle']:
+        rules = [o.rule or USUAL_RULE[name]] + (['topk'] if name != 'oracle' and not o.rule else [])
+        todo += [(name, rule, tau) for rule in dict.fromkeys(rules)
+                 for tau in (GRID[rule] if o.tau is None else [o.tau])]
+    rows, began, total = [], time.time(), models['dense'].flops(o.block_size)['total']
+    for i, (name, rule, tau) in enumerate(todo):
+        model = models[routed[0] if name == 'oracle' else name]
+        model.set_rule(rule, tau or 0.0, oracle=name == 'oracle')
+        losses, accuracies, shares = evaluate(model, batches)
+        report = slice(1, None, 2) if len(batches) > 1 else slice(None)                 # the others pick tau
+        rho = shares[report].mean(0).tolist()
+        cost = model.flops(o.block_size, rho if rule else None)
+        if name == 'oracle':                                     # a ceiling, with a router that costs nothing
+            cost['total'], cost['router'] = cost['total'] - cost['router'], 0
+        for mlp, share in zip(model.mlps(), rho):
+            mlp.rho = share
+        seconds = base_seconds = None
+        if name != 'oracle':
+            seconds, base_seconds = time_beside(model, models['dense'], prefill)
+        sizes = [mlp.w_in.shape[0] for mlp in model.mlps()]
+        n_tokens = prefill['idx'].numel()
+        rows.append(dict(
+            method=name if name in ('dense', 'sparse') else 'd2dmoe',
+            router_loss=None if name in ('dense', 'sparse') else name, split=o.split, rule=rule or None, tau=tau,
+            experts=float(np.average(rho, weights=sizes)), flops=cost['total'] / total,
+            router_flops=cost['router'] / total, metric='loss', loss=losses[report].mean().item(),
+            loss_pick=losses[::2].mean().item(), accuracy=None, tokens=sum(t.numel() for _, t in batches[report]),
+            ms_per_1k_tokens=seconds and 1e6 * seconds / n_tokens, speedup=seconds and base_seconds / seconds,
+            experts_per_layer=rho, seed=o.seed, k=model.mlps()[0].k if rule == 'topk' else None))
+        if i == 0:
+            rows[0]['speedup'] = 1.0
+        rows[-1]['delta'] = rows[-1]['loss'] / rows[0]['loss'] - 1
+        rows[-1]['delta_sparse'] = rows[-1]['loss'] / rows[min(1, i)]['loss'] - 1
+        if i % 5 == 4:
+            say(f'eval    {i + 1}/{len(todo)}  {clock((time.time() - began) / (i + 1) * (len(todo) - i - 1))} left',
+                flush=True)
+    zeros = zero_share(models['sparse'], batches)
+    results = dict(config=asdict(o), data=corpus.about, machine=machine(device), zeros=zeros, rows=rows)
+    write_atomically(path('results.json'), lambda t: open(t, 'w').write(json.dumps(results, indent=1)))
+    print_table(results, say)
+    say(f'\n{path("results.json")} has every row')
+    return results
+
+
+@torch.no_grad()
+def zero_share(model, batches):
+    """Share of FFN activations that are exactly zero, per layer, on the evaluation set."""
+    model.set_rule('')
+    total = torch.zeros(len(model.mlps()))
+    for inputs, _ in batches:
+        tap = []
+        model(**inputs, tap=tap)
+        total += torch.tensor([s['zeros'] for s in sparsify.statistics(tap)])
+    return (total / len(batches)).tolist()
+
+
+def machine(device):
+    cpu = platform.processor() or platform.machine()
+    if os.path.isfile('/proc/cpuinfo'):
+        cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), cpu)
+    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else device, cpu=cpu,
+                threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
+
+
+def print_table(results, say):
+    rows = results['rows']
+    say(f'\n{"method":8s}{"router":>8s}{"tau":>10s}{"experts":>9s}{"FLOPs":>8s}{"loss":>9s}{"vs dense":>10s}'
+        f'{"ms/1k tok":>11s}{"speedup":>9s}')
+    for r in rows:
+        tau = '-' if r['rule'] is None else f'top-{r["k"]}' if r['rule'] == 'topk' else f'{r["tau"]:g}'
+        timing = f'{"-":>11s}{"-":>9s}' if r['speedup'] is None else f'{r["ms_per_1k_tokens"]:11.2f}{r["speedup"]:9.2f}'
+        say(f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{tau:>10s}{r["experts"]:9.1%}{r["flops"]:8.1%}'
+            f'{r["loss"]:9.4f}{r["delta"]:+10.2%}{timing}')
+    say(f'\nzeros after sparsify: {np.mean(results["zeros"]):.1%} of FFN activations '
+        f'({" ".join(f"{z:.0%}" for z in results["zeros"])}), loss {rows[1]["delta"]:+.2%} against dense')
+    for name in dict.fromkeys(r['router_loss'] for r in rows[2:]):
+        for rule in dict.fromkeys(r['rule'] for r in rows if r['router_loss'] == name):
+            fits = [r for r in rows if (r['router_loss'], r['rule']) == (name, rule)
+                    and r['loss_pick'] <= 1.01 * rows[1]['loss_pick']]
+            if fits:
+                r = min(fits, key=lambda r: r['flops'])
+                say(f'cheapest within 1 % of all experts on, {name} {rule}: tau {r["tau"]:g}, {r["flops"]:.1%} of the '
+                    f'FLOPs, loss {r["delta_sparse"]:+.2%} (tau picked on one half of the held-out set, '
+                    f'reported on the other)')
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+def sample(o, typed, say=print):
+    """Print a continuation of --prompt from the newest checkpoint."""
+    files = [p.file for p in PHASES if os.path.isfile(os.path.join(o.out_dir, p.file))]
+    if not files:
+        raise BadInput(f'--phase=sample finds no checkpoint in --out_dir={o.out_dir}: run python train.py first')
+    newest = max(files, key=lambda f: ([p.file for p in PHASES].index(f) == 4, [p.file for p in PHASES].index(f)))
+    path = os.path.join(o.out_dir, newest)
+    data = read_checkpoint(path)
+    o, _ = settle(Phase('sample', None, '', None, None, None, None, LOOP), o, typed, data, None, (path, ''))
+    model = build(data, path).to(pick_device(o))
+    if model.config.router_loss:
+        rule = o.rule or USUAL_RULE[model.config.router_loss]
+        model.set_rule(rule, 0.1 if o.tau is None else o.tau)
+        say(f'{path}: rule {rule}, tau {model.config.tau:g}')
+    elif o.tau is not None:
+        raise BadInput(f'--tau={o.tau}: {path} has no routers yet; leave it out or run --phase=router first')
+    enc = tokenizer(o.tokenizer)
+    tokens = enc.encode_ordinary(o.prompt) or enc.encode_ordinary('\n')
+    generator = torch.Generator(pick_device(o)).manual_seed(o.seed)
+    idx = model.generate(torch.tensor([tokens], device=pick_device(o)), o.n_tokens, o.temperature, o.top_k, generator)
+    say(enc.decode(idx[0].tolist()))
+
+
+def run(o, typed, say=print):
+    file = {p.name: p.file for p in PHASES if p.name != 'router'}
+    if o.phase == 'sample':
+        return sample(o, typed, say)
+    names = dict.fromkeys(p.name for p in PHASES) if o.phase == 'all' else [o.phase] if o.phase != 'eval' else []
+    for phase in [p for name in names for p in wanted(name, o)]:
+        source = phase.source and os.path.join(o.out_dir, file[phase.source])
+        run_phase(phase, o, typed, source, os.path.join(o.out_dir, phase.file), say)
+    if o.phase in ('all', 'eval'):
+        return evaluation(o, typed, say)
+
+
+def convert(name, argv):
+    """`python moefy.py IN OUT --key=value`: one phase from file to file."""
+    if len(argv) < 2 or argv[0].startswith('-') or argv[1].startswith('-'):
+        sys.exit(f'usage: python {os.path.basename(sys.argv[0])} IN.pt OUT.pt [--key=value ...]')
+
+    def job():
+        o, typed = parse([*argv[2:], f'--phase={name}', f'--out_dir={os.path.dirname(argv[1]) or "."}'])
+        run_phase(wanted(name, o)[0], o, typed, argv[0], argv[1])
+    guarded(job)
+
+
+def guarded(job):
+    """Run it; whatever the user can mend ends in one sentence and a non-zero exit, not in a traceback."""
+    try:
+        job()
+    except BadInput as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt as error:
+        print(f'\n{error or "interrupted"}', file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == '__main__':
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print_help()
+    else:
+        guarded(lambda: run(*parse(sys.argv[1:])))
