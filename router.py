@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from kernel import linear
 
 LOSSES = ('norm', 'active', 'share')
+USUAL_RULE = dict(norm='dynk', active='threshold', share='topk', oracle='dynk')
 RULES = ('dynk', 'threshold', 'topk', 'cumulative')
 
 

@@ -26,17 +26,18 @@ import os
 import platform
 import shutil
 import signal
-import statistics
 import sys
 import sysconfig
 import time
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import bench
 import moefy
 import router
 import sparsify
@@ -219,16 +220,16 @@ def text_files(source):
 
 
 def text_chunks(files, size):
-    """The text of all files in pieces of `size` characters, never more than one in memory."""
+    """The text of all files in pieces of `size` characters, never more than two in memory."""
     rest = ''
-    for path, _ in files:
+    for i, (path, _) in enumerate(files):
+        rest += '\n' if i else ''
         with open(path, encoding='utf-8', errors='replace') as f:
-            while piece := f.read(size - len(rest)):
+            while piece := f.read(size):
                 rest += piece
-                if len(rest) == size:
-                    yield rest
-                    rest = ''
-        rest = rest + '\n' if len(rest) < size - 1 else rest
+                while len(rest) >= size:
+                    yield rest[:size]
+                    rest = rest[size:]
     if rest:
         yield rest
 
@@ -413,6 +414,7 @@ def learn_router(model, o):
     return parameters, lambda batch, progress: router.train_loss(model, batch[0], grams)
 
 
+SAVE_EVERY = 60                     # seconds between checkpoints of a running phase
 LOOP = ('seed', 'batch_size', 'grad_accum', 'weight_decay')
 PHASES = [
     Phase('base', None, 'base.pt', 'base_steps', 'learning_rate', make_nothing, learn_task,
@@ -428,6 +430,9 @@ PHASES = [
             functools.partial(make_router, loss), learn_router,
             (*LOOP, 'router_lr', 'router_steps', 'router_width')) for loss in router.LOSSES),
 ]
+
+
+READ_ONLY = Phase('eval', None, '', None, None, None, None, LOOP)
 
 
 def wanted(name, o):
@@ -459,7 +464,7 @@ def settle(phase, o, typed, parent, own, names):
     if own:
         for name in phase.depends:
             value = own['options'].get(name)
-            if name not in typed and not o.overwrite:
+            if name not in typed:
                 setattr(o, name, value)
             elif getattr(o, name) != value:
                 if not o.overwrite:
@@ -588,7 +593,7 @@ def train(phase, model, o, corpus, device, record, path, start, steps, own, say)
                 zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
                 say(f'{phase.name:8s}step {step + 1}/{steps}  loss {log.get("task", loss).item():.4f}{zeros}  '
                     f'{tokens:,.0f} tokens/s  {clock((steps - step - 1) / speed)} left', flush=True)
-            if stopped or now - saved > 60:
+            if stopped or now - saved > SAVE_EVERY:
                 save(model, path, step=step + 1, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                      **record)
                 saved, saved_step = now, step + 1
@@ -608,148 +613,34 @@ def clock(seconds):
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
-USUAL_RULE = dict(norm='dynk', active='threshold', share='topk', oracle='dynk')
-GRID = dict(dynk=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
-            threshold=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7), topk=(0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7))
-
-
-@torch.no_grad()
-def evaluate(model, batches):
-    """Loss, accuracy and the share of neurons run of every batch: (n,), (n,), (n, MLPs)."""
-    losses, accuracies, shares = [], [], []
-    for inputs, targets in batches:
-        tap = []
-        logits = model(**inputs, tap=tap)
-        losses.append(F.cross_entropy(logits.float().flatten(0, -2), targets.flatten()))
-        accuracies.append((logits.argmax(-1) == targets).float().mean())
-        shares.append(torch.stack([torch.ones(()) if t['mask'] is None else
-                                   (t['mask'].float().mean(0) @ mlp.offsets.diff().float()).cpu() / mlp.w_in.shape[0]
-                                   for t, mlp in zip(tap, model.mlps())]))
-    return torch.stack(losses).cpu(), torch.stack(accuracies).cpu(), torch.stack(shares)
-
-
-def time_beside(model, dense, inputs, repeats=5):
-    """Median seconds of both, taken in turn so that a slower moment of the machine hits both."""
-    times = {model: [], dense: []}
-    with torch.inference_mode():
-        for i in range(repeats + 1):
-            for m in (dense, model):
-                start = time.perf_counter()
-                m(**inputs)
-                if inputs['idx'].is_cuda:
-                    torch.cuda.synchronize()
-                if i:                                            # the first round warms up
-                    times[m].append(time.perf_counter() - start)
-    return statistics.median(times[model]), statistics.median(times[dense])
-
-
 def evaluation(o, typed, say=print):
-    """The table: dense, every expert on, each router over its rule's grid, top-k, and the oracle."""
+    """Load what the phases made, measure it (bench.sweep), print the table and write results.json."""
     path = functools.partial(os.path.join, o.out_dir)
+    files = dict(dense='dense.pt', sparse='sparse.pt') | {
+        loss: p.file for loss, p in zip(router.LOSSES, [p for p in PHASES if p.name == 'router'])}
     models = {}
-    for name, file in [('dense', 'dense.pt'), ('sparse', 'sparse.pt')] + \
-            [(loss, p.file) for loss, p in zip(router.LOSSES, [p for p in PHASES if p.name == 'router'])]:
-        if os.path.isfile(path(file)) or name in ('dense', 'sparse'):
-            data = read_checkpoint(path(file))
-            if unfinished(data):
-                raise BadInput(f'{path(file)} stopped at step {data["step"]} of {data["steps"]}: run python train.py')
-            o, _ = settle(Phase('eval', None, '', None, None, None, None, LOOP), o, typed, data, None, (path(file), ''))
-            models[name] = build(data, path(file))
-    routed = [name for name in models if name in router.LOSSES]
-    if not routed:
+    for name, file in files.items():
+        if name in router.LOSSES and not os.path.isfile(path(file)):
+            continue                                             # not every router need be trained
+        data = read_checkpoint(path(file))
+        if unfinished(data):
+            raise BadInput(f'{path(file)} stopped at step {data["step"]} of {data["steps"]}: run python train.py')
+        o = settle(READ_ONLY, o, typed, data, None, (path(file), ''))[0]
+        models[name] = build(data, path(file)).to(pick_device(o))
+    if not models.keys() & set(router.LOSSES):
         raise BadInput(f'--phase=eval needs {path("d2dmoe.pt")}: make it with python train.py --phase=router')
-    device = pick_device(o)
-    for m in models.values():
-        m.to(device)
     corpus = open_corpus(o, say)
-    batches = held_out(corpus, o, device)
-    prefill = to_batch(corpus.val, np.linspace(0, len(corpus.val) - o.block_size - 1, 16).astype(int), o.block_size,
-                       corpus.vocab_size, device)[0]
-    todo = [('dense', '', None), ('sparse', '', None)]
-    for name in [*routed, 'oracle']:
-        rules = [o.rule or USUAL_RULE[name]] + (['topk'] if name != 'oracle' and not o.rule else [])
-        todo += [(name, rule, tau) for rule in dict.fromkeys(rules)
-                 for tau in (GRID[rule] if o.tau is None else [o.tau])]
-    rows, began, total = [], time.time(), models['dense'].flops(o.block_size)['total']
-    for i, (name, rule, tau) in enumerate(todo):
-        model = models[routed[0] if name == 'oracle' else name]
-        model.set_rule(rule, tau or 0.0, oracle=name == 'oracle')
-        losses, accuracies, shares = evaluate(model, batches)
-        report = slice(1, None, 2) if len(batches) > 1 else slice(None)                 # the others pick tau
-        rho = shares[report].mean(0).tolist()
-        cost = model.flops(o.block_size, rho if rule else None)
-        if name == 'oracle':                                     # a ceiling, with a router that costs nothing
-            cost['total'], cost['router'] = cost['total'] - cost['router'], 0
-        for mlp, share in zip(model.mlps(), rho):
-            mlp.rho = share
-        seconds = base_seconds = None
-        if name != 'oracle':
-            seconds, base_seconds = time_beside(model, models['dense'], prefill)
-        sizes = [mlp.w_in.shape[0] for mlp in model.mlps()]
-        n_tokens = prefill['idx'].numel()
-        rows.append(dict(
-            method=name if name in ('dense', 'sparse') else 'd2dmoe',
-            router_loss=None if name in ('dense', 'sparse') else name, split=o.split, rule=rule or None, tau=tau,
-            experts=float(np.average(rho, weights=sizes)), flops=cost['total'] / total,
-            router_flops=cost['router'] / total, metric='loss', loss=losses[report].mean().item(),
-            loss_pick=losses[::2].mean().item(), accuracy=None, tokens=sum(t.numel() for _, t in batches[report]),
-            ms_per_1k_tokens=seconds and 1e6 * seconds / n_tokens, speedup=seconds and base_seconds / seconds,
-            experts_per_layer=rho, seed=o.seed, k=model.mlps()[0].k if rule == 'topk' else None))
-        if i == 0:
-            rows[0]['speedup'] = 1.0
-        rows[-1]['delta'] = rows[-1]['loss'] / rows[0]['loss'] - 1
-        rows[-1]['delta_sparse'] = rows[-1]['loss'] / rows[min(1, i)]['loss'] - 1
-        if i % 5 == 4:
-            say(f'eval    {i + 1}/{len(todo)}  {clock((time.time() - began) / (i + 1) * (len(todo) - i - 1))} left',
-                flush=True)
-    zeros = zero_share(models['sparse'], batches)
-    results = dict(config=asdict(o), data=corpus.about, machine=machine(device), zeros=zeros, rows=rows)
-    write_atomically(path('results.json'), lambda t: open(t, 'w').write(json.dumps(results, indent=1)))
-    print_table(results, say)
-    say(f'\n{path("results.json")} has every row')
+    batches = held_out(corpus, o, pick_device(o))
+    spread = np.linspace(0, len(corpus.val) - o.block_size - 1, 16).astype(int)
+    prefill, _ = to_batch(corpus.val, spread, o.block_size, corpus.vocab_size, pick_device(o))
+    rows, zeros = bench.sweep(models, batches, prefill, task_loss, o.rule, o.tau, say)
+    for row in rows:
+        row |= dict(split=o.split, seed=o.seed)
+    results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), zeros=zeros, rows=rows)
+    write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
+    bench.print_sweep(rows, zeros, say)
+    say(f'\n{path("results.json")} has every row' + bench.plot_sweep(rows, path('results.png')))
     return results
-
-
-@torch.no_grad()
-def zero_share(model, batches):
-    """Share of FFN activations that are exactly zero, per layer, on the evaluation set."""
-    model.set_rule('')
-    total = torch.zeros(len(model.mlps()))
-    for inputs, _ in batches:
-        tap = []
-        model(**inputs, tap=tap)
-        total += torch.tensor([s['zeros'] for s in sparsify.statistics(tap)])
-    return (total / len(batches)).tolist()
-
-
-def machine(device):
-    cpu = platform.processor() or platform.machine()
-    if os.path.isfile('/proc/cpuinfo'):
-        cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), cpu)
-    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else device, cpu=cpu,
-                threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
-
-
-def print_table(results, say):
-    rows = results['rows']
-    say(f'\n{"method":8s}{"router":>8s}{"tau":>10s}{"experts":>9s}{"FLOPs":>8s}{"loss":>9s}{"vs dense":>10s}'
-        f'{"ms/1k tok":>11s}{"speedup":>9s}')
-    for r in rows:
-        tau = '-' if r['rule'] is None else f'top-{r["k"]}' if r['rule'] == 'topk' else f'{r["tau"]:g}'
-        timing = f'{"-":>11s}{"-":>9s}' if r['speedup'] is None else f'{r["ms_per_1k_tokens"]:11.2f}{r["speedup"]:9.2f}'
-        say(f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{tau:>10s}{r["experts"]:9.1%}{r["flops"]:8.1%}'
-            f'{r["loss"]:9.4f}{r["delta"]:+10.2%}{timing}')
-    say(f'\nzeros after sparsify: {np.mean(results["zeros"]):.1%} of FFN activations '
-        f'({" ".join(f"{z:.0%}" for z in results["zeros"])}), loss {rows[1]["delta"]:+.2%} against dense')
-    for name in dict.fromkeys(r['router_loss'] for r in rows[2:]):
-        for rule in dict.fromkeys(r['rule'] for r in rows if r['router_loss'] == name):
-            fits = [r for r in rows if (r['router_loss'], r['rule']) == (name, rule)
-                    and r['loss_pick'] <= 1.01 * rows[1]['loss_pick']]
-            if fits:
-                r = min(fits, key=lambda r: r['flops'])
-                say(f'cheapest within 1 % of all experts on, {name} {rule}: tau {r["tau"]:g}, {r["flops"]:.1%} of the '
-                    f'FLOPs, loss {r["delta_sparse"]:+.2%} (tau picked on one half of the held-out set, '
-                    f'reported on the other)')
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -762,10 +653,10 @@ def sample(o, typed, say=print):
     newest = max(files, key=lambda f: ([p.file for p in PHASES].index(f) == 4, [p.file for p in PHASES].index(f)))
     path = os.path.join(o.out_dir, newest)
     data = read_checkpoint(path)
-    o, _ = settle(Phase('sample', None, '', None, None, None, None, LOOP), o, typed, data, None, (path, ''))
+    o, _ = settle(READ_ONLY, o, typed, data, None, (path, ''))
     model = build(data, path).to(pick_device(o))
     if model.config.router_loss:
-        rule = o.rule or USUAL_RULE[model.config.router_loss]
+        rule = o.rule or router.USUAL_RULE[model.config.router_loss]
         model.set_rule(rule, 0.1 if o.tau is None else o.tau)
         say(f'{path}: rule {rule}, tau {model.config.tau:g}')
     elif o.tau is not None:

@@ -1,0 +1,600 @@
+"""Every part against an obvious slow version of itself.    python -m pytest -q test_all.py
+
+T tokens · D n_embd · F hidden neurons · E experts · R router outputs
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernel
+import model as M
+import moefy
+import router as R
+import sparsify
+import train
+
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--base_steps=12',
+        '--sparsify_steps=8', '--router_steps=8', '--n_experts=16', '--router_width=8', '--eval_batches=2']
+
+
+def tiny(seed=0, **config):
+    """A small GPT with weights large enough that everything matters."""
+    torch.manual_seed(seed)
+    m = M.Transformer(M.Config(**{**dict(n_layer=2, n_head=2, n_embd=16, n_hidden=40, block_size=24, vocab_size=50),
+                                  **config}))
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return m.eval().requires_grad_(False)
+
+
+def with_experts(m, n_experts=5, loss='norm', width=8):
+    for mlp in m.mlps():
+        moefy.split_mlp(mlp, n_experts)
+    m.add_experts([len(mlp.offsets) - 1 for mlp in m.mlps()])
+    m.add_routers(loss, width)
+    return m.requires_grad_(False)
+
+
+def random_experts(n_hidden, n_experts, seed=0):
+    """Offsets of uneven slices, empty ones among them."""
+    cuts = np.sort(np.random.default_rng(seed).integers(0, n_hidden + 1, n_experts - 1))
+    return torch.tensor([0, *cuts.tolist(), n_hidden], dtype=torch.int32)
+
+
+def run(*args, out):
+    """python train.py, in this process: (exit status, what it returned)."""
+    try:
+        return 0, train.run(*train.parse([*args, f'--out_dir={out}']))
+    except SystemExit as stop:
+        return stop.code, None
+
+
+def refusal(*args, out, capsys):
+    """Exit status and message of a command that must fail."""
+    with pytest.raises(SystemExit) as stop:
+        train.guarded(lambda: train.run(*train.parse([*args, f'--out_dir={out}'])))
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and len(err.strip().splitlines()) == 1 and 'Traceback' not in err
+    return stop.value.code, err
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+    """A small text with something to learn in it."""
+    path = tmp_path_factory.mktemp('text') / 'text.txt'
+    rng = np.random.default_rng(0)
+    words = ['def', 'return', 'class', 'import', 'x', 'y', '=', '(', ')', '+', '\n', 'für']
+    path.write_text(' '.join(rng.choice(words, 20000)), encoding='utf-8')
+    return path
+
+
+@pytest.fixture(scope='session')
+def finished(text, tmp_path_factory):
+    """One end-to-end run of all phases."""
+    out = tmp_path_factory.mktemp('out')
+    status, results = run(*TINY, f'--data={text}', out=out)
+    assert status == 0
+    return out, results
+
+
+# ---------------------------------------------------------------------------------------------- router
+
+def slow_rule(score, rule, tau, k):
+    chosen = np.zeros(score.shape, bool)
+    for t, row in enumerate(score):
+        order = sorted(range(len(row)), key=lambda r: -row[r])
+        total = 0.0
+        for rank, r in enumerate(order):
+            chosen[t, r] = {'dynk': row[r] >= tau * max(row), 'threshold': row[r] >= tau, 'topk': rank < k,
+                            'cumulative': total < tau * sum(row) - 1e-6}[rule]
+            total += row[r]
+    return chosen
+
+
+@pytest.mark.parametrize('rule', R.RULES)
+@pytest.mark.parametrize('tau', [0.0, 0.3, 0.77, 1.0])
+def test_rules(rule, tau):
+    score = torch.rand(50, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    k = round(tau * 13)
+    got = R.select(score, rule, tau, k)
+    assert torch.equal(got, torch.from_numpy(slow_rule(score.numpy(), rule, tau, k)))
+    if rule == 'dynk':
+        assert got.any(1).all() and (tau < 1 or (got.sum(1) == 1).all()) and (tau > 0 or got.all())
+
+
+def test_rules_on_ties_and_zeros():
+    zero = torch.zeros(2, 4)
+    assert R.select(zero, 'dynk', 0.5).all() and not R.select(zero, 'threshold', 0.1).any()
+    assert R.select(torch.ones(3, 6), 'topk', k=2).sum(1).tolist() == [2, 2, 2]
+    assert R.select(torch.rand(3, 6), 'cumulative', 1.0).all()
+
+
+@pytest.mark.parametrize('owned', [False, True])
+def test_gram_norms_are_the_norms_of_explicit_outputs(owned):
+    torch.manual_seed(0)
+    n_hidden, offsets = 37, random_experts(37, 7)
+    owners = (torch.rand(4, 7) < 0.5) if owned else None
+    a, w_out = torch.randn(11, n_hidden), torch.randn(n_hidden, 9)
+    norms = R.expert_norms(a, *R.gram(w_out, offsets, owners))
+    for r in range(4 if owned else 7):
+        keep = torch.zeros(n_hidden)
+        for e in range(7):
+            if owners[r, e] if owned else e == r:
+                keep[offsets[e]:offsets[e + 1]] = 1
+        assert torch.allclose(norms[:, r], ((a * keep) @ w_out).norm(dim=1), atol=1e-4)
+
+
+def test_router_targets_and_losses():
+    torch.manual_seed(0)
+    a, offsets = torch.randn(6, 12), torch.tensor([0, 3, 3, 8, 12])
+    g, index, valid = R.gram(torch.randn(12, 5), offsets)
+    norms = R.expert_norms(a, g, index, valid)
+    active, share = (R.router_target(loss, a, norms, index, valid) for loss in ('active', 'share'))
+    sums = torch.stack([a[:, lo:hi].clamp_min(0).sum(1) for lo, hi in zip(offsets, offsets[1:])], 1)
+    assert torch.allclose(share, sums / sums.max())
+    for t in range(6):
+        for e in range(4):
+            assert active[t, e] == (norms[t, e] >= 0.05 * norms[t].max())
+    r = R.Router(5, 4, 8, 'norm')
+    r.scale.fill_(2.0)
+    x = torch.randn(6, 5)
+    assert torch.allclose(r(x), ((x @ r.w1.T).clamp_min(0) @ r.w2.T).abs())
+    assert torch.allclose(R.router_loss(r, x, norms), ((r(x) - norms / 2) ** 2).mean())
+    r = R.Router(5, 4, 8, 'share')
+    assert r.w1.shape == (4, 5) and 0 <= r(x).min() and r(x).max() <= 1
+    r.init_share(torch.randn(12, 5), offsets)
+    assert torch.equal(r.w2, torch.eye(4))
+    p = R.Router(5, 4, 8, 'active')(x)
+    assert p.shape == (6, 4) and (p > 0).all() and (p < 1).all()
+
+
+def test_training_a_router_leaves_the_model_alone_and_learns():
+    m = with_experts(tiny())
+    before = {k: v.clone() for k, v in m.state_dict().items() if 'router' not in k}
+    parameters, loss_fn = train.learn_router(m, None)
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    batch = (dict(idx=torch.randint(0, 50, (4, 24))), None)
+    losses = []
+    for _ in range(60):
+        loss, _ = loss_fn(batch, 0.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(torch.equal(v, m.state_dict()[k]) for k, v in before.items())
+
+
+# ---------------------------------------------------------------------------------------------- moefy
+
+@pytest.mark.parametrize('n, n_experts', [(24, 4), (23, 4), (10, 10), (9, 1)])
+def test_kmeans_is_balanced_and_no_swap_lowers_its_objective(n, n_experts):
+    x = F.normalize(torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)), dim=1)
+
+    def slow_objective(cluster):
+        return sum(float((x[cluster == k] - x[cluster == k].mean(0)).square().sum()) for k in range(n_experts))
+
+    cluster = moefy.balanced_kmeans(x, n_experts, seed=3)
+    assert torch.equal(cluster, moefy.balanced_kmeans(x, n_experts, seed=3))
+    assert sorted(cluster.bincount().tolist(), reverse=True) == moefy.expert_sizes(n, n_experts).tolist()
+    best = slow_objective(cluster)
+    assert abs(best - moefy.objective(x, cluster, n_experts)) < 1e-6
+    for i in range(n):
+        for j in range(i):
+            swapped = cluster.clone()
+            swapped[i], swapped[j] = cluster[j], cluster[i]
+            assert slow_objective(swapped) > best - 1e-5
+    assert best <= slow_objective(moefy.random_split(n, n_experts, 3)) + 1e-9
+
+
+def test_kmeans_finds_planted_clusters():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, 16, generator=generator)
+    truth = torch.arange(8).repeat(6)
+    cluster = moefy.balanced_kmeans(centres[truth] + 0.05 * torch.randn(48, 16, generator=generator), 8)
+    assert len({(a, b) for a, b in zip(truth.tolist(), cluster.tolist())}) == 8
+
+
+@pytest.mark.parametrize('split', moefy.SPLITS)
+def test_sorting_neurons_changes_nothing(split):
+    m = tiny(n_hidden=43)
+    idx = torch.randint(0, 50, (2, 10))
+    before, weights = m(idx), m.blocks[0].mlp.w_in.clone()
+    for mlp in m.mlps():
+        ours, random = moefy.split_mlp(mlp, 6, split)
+        assert ours <= random + 1e-4 and mlp.offsets.diff().tolist() == [8, 7, 7, 7, 7, 7]
+    assert torch.allclose(m(idx), before, atol=1e-5)
+    assert not torch.equal(weights, m.blocks[0].mlp.w_in)
+
+
+# ---------------------------------------------------------------------------------------------- sparsify
+
+def test_sparsity_losses():
+    torch.manual_seed(0)
+    z = torch.randn(5, 7, requires_grad=True)
+    t = dict(z=z, a=F.relu(z))
+    want = dict(hoyer=[row.sum() ** 2 / (row ** 2).sum() for row in t['a']], l1=[row.sum() for row in t['a']],
+                gelu_clamp=[sum(max(v, -10) + 10 for v in row) for row in z])
+    for loss in sparsify.LOSSES:
+        got = sparsify.sparsity(loss, t)
+        assert abs(got - sum(want[loss]) / 5) < 1e-4
+        got.backward(retain_graph=True)
+    assert z.grad.abs().sum() > 0
+    one_hot = dict(a=torch.tensor([[0.0, 3.0, 0.0]]))
+    assert abs(sparsify.sparsity('hoyer', one_hot) - 1) < 1e-5
+
+
+def test_the_penalty_makes_zeros_and_statistics_count_them():
+    m = tiny(activation='gelu')
+    idx, tap = torch.randint(0, 50, (4, 20)), []
+    m(idx, tap=tap)
+    assert all(s['zeros'] == 0 and s['below'][0] > s['below'][1] > s['below'][2] for s in sparsify.statistics(tap))
+    sparsify.relufy(m).requires_grad_(True)
+    optimizer = torch.optim.Adam(m.parameters(), lr=3e-3)
+    zeros = []
+    for _ in range(30):
+        loss, log = sparsify.train_loss(m, (dict(idx=idx), idx), train.task_loss, 'l1', 0.05)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        zeros.append(log['zeros'].item())
+    assert m.config.activation == 'relu' and zeros[-1] > zeros[0] + 0.1
+    tap = []
+    m(idx, tap=tap)
+    for t, s in zip(tap, sparsify.statistics(tap)):
+        assert abs(s['zeros'] - np.mean(t['a'].detach().numpy() == 0)) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+def test_every_expert_on_is_the_unrouted_model():
+    m = tiny()
+    idx = torch.randint(0, 50, (3, 24))
+    before = m(idx)
+    with_experts(m)
+    for rule, tau in (('', 0), ('dynk', 0), ('topk', 1), ('threshold', 0), ('cumulative', 1)):
+        assert (m.set_rule(rule, tau)(idx) - before).abs().max() < 1e-4
+    assert (m.set_rule('dynk', 0.9)(idx) - before).abs().max() > 1e-2
+
+
+def test_routed_model_runs_the_chosen_experts_and_no_others():
+    m = with_experts(tiny()).set_rule('dynk', 0.5)
+    idx, tap = torch.randint(0, 50, (2, 9)), []
+    with_tap = m(idx, tap=tap)
+    assert torch.allclose(m(idx), with_tap, atol=1e-4)
+    for t, mlp in zip(tap, m.mlps()):
+        y = mlp.b_out.repeat(len(t['x']), 1)
+        for i in range(len(y)):
+            for e in range(5):
+                if t['score'][i, e] >= 0.5 * t['score'][i].max():
+                    rows = slice(mlp.offsets[e], mlp.offsets[e + 1])
+                    y[i] += F.relu(t['x'][i] @ mlp.w_in[rows].T + mlp.b_in[rows]) @ mlp.w_out[rows]
+        assert torch.allclose(mlp(t['x']), y, atol=1e-4)
+
+
+def test_owners_let_experts_overlap():
+    m = tiny()
+    mlp = m.blocks[0].mlp
+    owners = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)      # a shared and a pruned slice
+    mlp.sort_neurons(torch.arange(40), [0, 10, 20, 30, 40], owners)
+    m.add_routers('norm', 8)
+    mlp.rule, mlp.tau = 'dynk', 1.0
+    x, tap = torch.randn(30, 16), []
+    y = mlp(x, tap)
+    best = mlp.router(x).argmax(1)
+    assert tap[0]['mask'].tolist() == [owners[b].tolist() for b in best] and len(best.unique()) == 2
+    for i in range(30):
+        keep = owners[best[i]].repeat_interleave(10)
+        want = (F.relu(mlp.w_in @ x[i] + mlp.b_in) * keep) @ mlp.w_out + mlp.b_out
+        assert torch.allclose(y[i], want, atol=1e-4) and torch.allclose(mlp(x)[i], want, atol=1e-4)
+
+
+def test_oracle_scores_are_true_norms():
+    m = with_experts(tiny()).set_rule('dynk', 0.5, oracle=True)
+    mlp, x = m.blocks[0].mlp, torch.randn(6, 16)
+    for e in range(5):
+        rows = slice(mlp.offsets[e], mlp.offsets[e + 1])
+        out = F.relu(x @ mlp.w_in[rows].T + mlp.b_in[rows]) @ mlp.w_out[rows]
+        assert torch.allclose(mlp.scores(x)[:, e], out.norm(dim=1), atol=1e-4)
+
+
+def test_flops_by_hand():
+    m = with_experts(tiny(n_layer=3), n_experts=4, width=8)
+    dense = m.flops(24)
+    assert dense['attention'] == 3 * 4 * 2 * 16 * 16 and dense['scores'] == 3 * 2 * (2 * 24 * 16)
+    assert dense['mlp'] == 3 * 2 * (2 * 16 * 40) and dense['head'] == 2 * 16 * 50 and dense['router'] == 0
+    assert dense['total'] == sum(v for k, v in dense.items() if k != 'total')
+    routed = m.flops(24, [0.5, 0.25, 0.0])
+    assert routed['mlp'] == 0.75 * 2 * 2 * 16 * 40 and routed['router'] == 3 * 2 * (16 * 8 + 8 * 4)
+
+
+@pytest.mark.parametrize('rule', ['', 'dynk'])
+@pytest.mark.parametrize('length', [1, 7, 24, 40])
+def test_cached_generation_is_full_recomputation(rule, length):
+    m = with_experts(tiny()).set_rule(rule, 0.4 if rule else 0)
+    idx = torch.randint(0, 50, (2, length))
+    got = m.generate(idx, 45, temperature=0)
+    want, window = idx, idx if length <= 24 else idx[:, -12:]
+    for _ in range(45):
+        if window.shape[1] > 24:
+            window = want[:, -12:]
+        new = m(window)[:, -1].argmax(-1, keepdim=True)
+        want, window = torch.cat([want, new], 1), torch.cat([window, new], 1)
+    assert torch.equal(got, want) and got.shape == (2, length + 45)
+
+
+def test_sampling_keeps_to_top_k_and_seed():
+    m = tiny()
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    draw = [m.generate(idx, 20, 1.0, 5, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    top = m(draw[0][:, :-1])[0].topk(5).indices
+    assert all(draw[0][0, i + 1] in top[i] for i in range(20))
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_padding_changes_nothing_and_is_never_run(causal):
+    m = with_experts(tiny(causal=causal, pre_ln=causal, n_types=0 if causal else 2)).set_rule('dynk', 0.3)
+    idx, lengths, tap = torch.randint(0, 50, (3, 10)), [10, 1, 6], []
+    mask = torch.arange(10) < torch.tensor(lengths)[:, None]
+    h = m.encode(idx, mask, tap=tap)
+    assert all(len(t['x']) == sum(lengths) for t in tap)
+    for row, n in enumerate(lengths):
+        assert torch.allclose(h[row, :n], m.encode(idx[row:row + 1, :n])[0], atol=1e-5)
+        assert (h[row, n:] == 0).all()
+
+
+def test_save_and_load(tmp_path):
+    m = with_experts(tiny(), loss='active').set_rule('threshold', 0.4)
+    M.save(m, tmp_path / 'm.pt', step=3)
+    again = M.load(tmp_path / 'm.pt')
+    idx = torch.randint(0, 50, (2, 9))
+    assert again.config == m.config and torch.equal(again(idx), m(idx))
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert os.listdir(tmp_path) == ['m.pt']
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def test_text_becomes_held_out_chunks(text, tmp_path):
+    o, _ = train.parse([f'--data={text}', f'--out_dir={tmp_path}', '--block_size=16'])
+    corpus = train.open_corpus(o, lambda *_: None)
+    raw, enc = text.read_text(encoding='utf-8'), train.tokenizer('bytes')
+    size = max(1, min(65536, text.stat().st_size // 40))
+    chunks = [raw[i:i + size] for i in range(0, len(raw), size)]
+    assert enc.decode(corpus.val.tolist()) == ''.join(chunks[10::20])
+    assert enc.decode(corpus.train.tolist()) == ''.join(c for i, c in enumerate(chunks) if i % 20 != 10)
+    folder = next(p for p in tmp_path.iterdir() if p.name.startswith('data-'))
+    written = (folder / 'train.bin').stat().st_mtime_ns
+    train.open_corpus(o, lambda *_: None)
+    assert (folder / 'train.bin').stat().st_mtime_ns == written
+    assert json.loads((folder / 'meta.json').read_text())['files'][0][0] == str(text)
+
+
+def test_a_folder_of_texts_and_bytes_that_are_no_utf8(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'abc\xff\xfe' * 500)
+    (tmp_path / 'b.txt').write_text('xyz' * 500)
+    (tmp_path / 'c.bin').write_bytes(b'\0\1\2')
+    o, _ = train.parse([f'--data={tmp_path}', f'--out_dir={tmp_path / "out"}', '--block_size=8'])
+    corpus = train.open_corpus(o, lambda *_: None)
+    assert corpus.about['n_files'] == 2 and len(corpus.train) + len(corpus.val) == 500 * (3 + 6) + 1500 + 1
+    assert train.tokenizer('bytes').decode([104, 195, 169, 10, 255]) == 'hé\n\ufffd'
+
+
+def test_nanogpt_folders_work_as_they_are(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 256, 3000).astype(np.uint16)
+    tokens.tofile(tmp_path / 'train.bin')
+    tokens[:500].tofile(tmp_path / 'val.bin')
+    o, _ = train.parse([f'--data={tmp_path}', f'--out_dir={tmp_path / "out"}', '--block_size=16', '--eval_batches=2'])
+    corpus = train.open_corpus(o, lambda *_: None)
+    assert isinstance(corpus.train, np.memmap) and np.array_equal(corpus.train, tokens)
+    inputs, targets = train.get_batch(corpus, o, 'cpu', 5, 'base')
+    again, _ = train.get_batch(corpus, o, 'cpu', 5, 'base')
+    assert torch.equal(inputs['idx'], again['idx']) and torch.equal(inputs['idx'][:, 1:], targets[:, :-1])
+    at = [''.join(map(chr, tokens)).find(''.join(map(chr, row.tolist()))) for row in inputs['idx']]
+    assert min(at) >= 0 and len(set(at)) > 1
+    assert sum(len(t) for _, t in train.held_out(corpus, o, 'cpu')) == 16
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+ROW = {'method', 'router_loss', 'split', 'rule', 'tau', 'experts', 'flops', 'router_flops', 'metric', 'loss', 'accuracy',
+       'delta', 'delta_sparse', 'tokens', 'ms_per_1k_tokens', 'speedup', 'experts_per_layer', 'seed'}
+
+
+def test_end_to_end(finished, text, capsys):
+    out, results = finished
+    assert results == json.loads((out / 'results.json').read_text())
+    assert {'config', 'data', 'machine', 'rows'} <= results.keys() and all(ROW <= r.keys() for r in results['rows'])
+    dense, sparse, *rest = results['rows']
+    assert dense['method'] == 'dense' and dense['speedup'] == 1 and dense['delta'] == 0 and sparse['delta_sparse'] == 0
+    assert {(r['router_loss'], r['rule']) for r in rest} == {
+        ('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'), ('active', 'topk'), ('oracle', 'dynk')}
+    for r in rest:
+        assert 0 <= r['experts'] <= 1 and r['delta'] == pytest.approx(r['loss'] / dense['loss'] - 1)
+        assert np.mean(r['experts_per_layer']) == pytest.approx(r['experts'])
+        assert (r['speedup'] is None) == (r['router_loss'] == 'oracle')
+        if r['rule'] == 'topk':
+            assert r['experts'] == pytest.approx(r['k'] / 16)
+    norm = [r for r in rest if (r['router_loss'], r['rule']) == ('norm', 'dynk')]
+    assert [r['experts'] for r in norm] == sorted((r['experts'] for r in norm), reverse=True)
+    m = M.load(out / 'd2dmoe.pt').set_rule('dynk', norm[3]['tau'])
+    o, _ = train.parse([*TINY, f'--data={text}', f'--out_dir={out}'])
+    corpus = train.open_corpus(o, lambda *_: None)
+    batches = train.held_out(corpus, o, 'cpu')
+    assert train.task_loss(m, batches[1]).item() == pytest.approx(norm[3]['loss'], abs=1e-4)
+    capsys.readouterr()
+    stamps = {f: (out / f).stat().st_mtime_ns for f in os.listdir(out) if f.endswith('.pt')}
+    assert run(out=out)[0] == 0                                  # untyped options are those of the checkpoints
+    assert 'done' in capsys.readouterr().out
+    assert stamps == {f: (out / f).stat().st_mtime_ns for f in stamps}
+
+
+def test_sample(finished, capsys):
+    out, _ = finished
+    for extra in ([], ['--tau=0.3'], ['--prompt=', '--temperature=0']):
+        assert run('--phase=sample', '--prompt=def', '--n_tokens=40', *extra, out=out)[0] == 0
+        assert len(capsys.readouterr().out) > 40
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def test_a_seed_repeats_a_run_bit_for_bit(finished, text, tmp_path):
+    out, _ = finished
+    assert run(*TINY, f'--data={text}', out=tmp_path)[0] == 0
+    for f in ('base.pt', 'dense.pt', 'sparse.pt', 'moe.pt', 'd2dmoe.pt', 'd2dmoe-active.pt'):
+        a, b = weights(out / f), weights(tmp_path / f)
+        assert all(torch.equal(a[k], b[k]) for k in a), f
+
+
+@pytest.mark.parametrize('phase, file', [('base', 'base.pt'), ('sparsify', 'sparse.pt'), ('router', 'd2dmoe.pt')])
+def test_an_interrupted_phase_goes_on_where_it_was(finished, tmp_path, monkeypatch, phase, file):
+    out, _ = finished
+    for f in os.listdir(out):
+        if f != file and f.endswith('.pt'):
+            os.link(out / f, tmp_path / f)
+    calls, get_batch = [], train.get_batch
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_batch(*args)
+
+    options = torch.load(out / file, weights_only=True)['options']
+    args = [f'--phase={phase}'] + [f'--{k}={v}' for k, v in options.items()]
+    monkeypatch.setattr(train, 'get_batch', interrupting)
+    with pytest.raises(KeyboardInterrupt, match='stopped at step 4'):
+        run(*args, '--router_loss=norm', out=tmp_path)
+    stopped = torch.load(tmp_path / file, weights_only=True)
+    assert stopped['step'] == 4 and stopped['optimizer']
+    assert run(f'--phase={phase}', '--router_loss=norm', out=tmp_path)[0] == 0
+    a, b = weights(out / file), weights(tmp_path / file)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert len(calls) == options[{'base': 'base_steps', 'sparsify': 'sparsify_steps', 'router': 'router_steps'}[phase]]
+
+
+def test_a_loss_that_is_not_finite_stops_the_phase(text, tmp_path, monkeypatch, capsys):
+    calls, task_loss = [], train.task_loss
+    monkeypatch.setattr(train, 'task_loss', lambda *a: calls.append(1) or task_loss(*a) * (1 if len(calls) < 6 else np.nan))
+    code, err = refusal(*TINY, f'--data={text}', '--phase=base', out=tmp_path, capsys=capsys)
+    assert code == 3 and 'step 6' in err and not (tmp_path / 'base.pt').exists()
+    calls.clear()
+    monkeypatch.setattr(train, 'SAVE_EVERY', -1)                 # as if every step took a minute
+    code, err = refusal(*TINY, f'--data={text}', '--phase=base', out=tmp_path, capsys=capsys)
+    assert code == 3 and 'keeps step 5' in err
+    kept = torch.load(tmp_path / 'base.pt', weights_only=True)
+    assert kept['step'] == 5 and all(v.isfinite().all() for v in kept['model'].values())
+
+
+def test_moefy_and_router_run_by_themselves(finished, tmp_path):
+    out, _ = finished
+    for args in (['moefy.py', out / 'sparse.pt', tmp_path / 'moe.pt', '--n_experts=8'],
+                 ['router.py', tmp_path / 'moe.pt', tmp_path / 'routed.pt', '--router_loss=active', '--router_steps=4']):
+        subprocess.run([sys.executable, *args], check=True, cwd=os.path.dirname(train.__file__), capture_output=True)
+    m = M.load(tmp_path / 'routed.pt')
+    assert m.config.router_loss == 'active' and m.config.n_slices == [8, 8]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('args, says', [
+    (['--sparsity_wieght=1'], 'did you mean --sparsity_weight'),
+    (['--n_layer=two'], '--n_layer=two'),
+    (['n_layer=2'], '--key=value'),
+    (['--phase=moefi'], '--phase=moefi'),
+    (['--tau=1.5'], '--tau=1.5'),
+    (['--tau=nan'], '--tau=nan'),
+    (['--n_experts=2000'], '--n_experts=2000'),
+    (['--expert_size=5000'], '--expert_size=5000'),
+    (['--n_embd=30', '--n_head=4'], '--n_embd=30'),
+    (['--router_loss=norm,foo'], '--router_loss=foo'),
+    (['--split=metis'], '--split=metis'),
+    (['--learning_rate=-1'], '--learning_rate'),
+    (['--data=nowhere.txt'], '--data=nowhere.txt'),
+    (['--phase=sparsify'], '--phase=base'),
+    (['--phase=eval'], 'dense.pt'),
+    (['--phase=sample'], 'python train.py'),
+    (['--init_from=nowhere.pt'], 'nowhere.pt'),
+])
+def test_bad_options_end_in_one_sentence(args, says, tmp_path, capsys):
+    code, err = refusal(*args, out=tmp_path / 'out', capsys=capsys)
+    assert code == 2 and says in err
+    assert not (tmp_path / 'out').exists() or not [f for f in os.listdir(tmp_path / 'out') if f.endswith('.pt')]
+
+
+def test_bad_data_ends_in_one_sentence(tmp_path, capsys):
+    empty, short, folder = tmp_path / 'empty.txt', tmp_path / 'short.txt', tmp_path / 'bins'
+    empty.write_text('')
+    short.write_text('too short')
+    folder.mkdir()
+    np.full(1000, 300, np.uint16).tofile(folder / 'train.bin')
+    np.full(1000, 300, np.uint16).tofile(folder / 'val.bin')
+    for data, says in ((empty, 'empty'), (short, 'too few'), (folder, 'beyond')):
+        code, err = refusal(*TINY, f'--data={data}', '--phase=base', out=tmp_path / 'out', capsys=capsys)
+        assert code == 2 and says in err and str(data) in err
+
+
+def test_bad_checkpoints_end_in_one_sentence(finished, tmp_path, capsys):
+    out, _ = finished
+    whole = (out / 'base.pt').read_bytes()
+    foreign = tmp_path / 'foreign'
+    foreign.mkdir()
+    for content, says in ((whole[:len(whole) // 2], 'cut short'), (b'not a checkpoint', 'not a readable'), (None, 'not a d2dmoe')):
+        path = foreign / 'base.pt'
+        torch.save(dict(a=1), path) if content is None else path.write_bytes(content)
+        before = path.read_bytes()
+        code, err = refusal('--phase=sparsify', out=foreign, capsys=capsys)
+        assert code == 2 and says in err and path.read_bytes() == before and os.listdir(foreign) == ['base.pt']
+
+
+def test_options_that_differ_from_a_finished_phase(finished, text, tmp_path, capsys):
+    out, _ = finished
+    for f in os.listdir(out):
+        if f.endswith('.pt'):
+            os.link(out / f, tmp_path / f)
+    before = weights(tmp_path / 'sparse.pt')
+    for args, says in ((['--phase=sparsify', '--sparsity_weight=0.5'], '--sparsity_weight=0.5'),
+                       (['--phase=sparsify', '--n_layer=3'], '--n_layer=3'), (['--n_embd=64'], '--n_embd=64')):
+        code, err = refusal(*args, out=tmp_path, capsys=capsys)
+        assert code == 2 and says in err
+    assert all(torch.equal(v, weights(tmp_path / 'sparse.pt')[k]) for k, v in before.items())
+    assert run('--phase=sparsify', '--sparsity_weight=0.5', '--overwrite=1', out=tmp_path)[0] == 0
+    assert torch.load(tmp_path / 'sparse.pt', weights_only=True)['options']['sparsity_weight'] == 0.5
+    code, err = refusal('--phase=moefy', out=tmp_path, capsys=capsys)
+    assert code == 2 and 'another' in err                        # its input is a new one
+    assert run('--phase=all', '--overwrite=1', out=tmp_path)[0] == 0
+    assert not torch.equal(weights(tmp_path / 'moe.pt')['wte.weight'], weights(out / 'moe.pt')['wte.weight'])
+
+
+def test_folder_that_cannot_be_written(text, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    code, err = refusal(*TINY, f'--data={text}', out=tmp_path / 'file' / 'out', capsys=capsys)
+    assert code == 2 and '--out_dir=' in err
+
+
+def test_no_vocabulary_to_be_had(tmp_path, monkeypatch, capsys):
+    import tiktoken
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: (_ for _ in ()).throw(ConnectionError('offline')))
+    code, err = refusal('--tokenizer=gpt2', out=tmp_path, capsys=capsys)
+    assert code == 2 and 'TIKTOKEN_CACHE_DIR' in err and '--tokenizer=bytes' in err
+
+
+def test_help_and_exit_status_of_the_command():
+    here = os.path.dirname(train.__file__)
+    done = subprocess.run([sys.executable, 'train.py', '--help'], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0 and all(f'--{name} ' in done.stdout for name in vars(train.Options()))
+    done = subprocess.run([sys.executable, 'train.py', '--tau=7'], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr and '--tau=7' in done.stderr
