@@ -70,7 +70,7 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
     routed = [name for name in models if name in router.LOSSES]
     todo = [('dense', '', None), ('sparse', '', None)]
     for name in [*routed, 'oracle']:
-        rules = [rule or router.USUAL_RULE[name]] + (['topk'] if name != 'oracle' and not rule else [])
+        rules = [rule] if rule else [router.USUAL_RULE[name], 'topk']
         todo += [(name, r, t) for r in dict.fromkeys(rules) for t in (GRID[r] if tau is None else [tau])]
     rows, zeros, began, seq_len = [], None, time.time(), prefill['idx'].shape[1]
     dense, report = models['dense'], slice(1, None, 2) if len(batches) > 1 else slice(None)

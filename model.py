@@ -257,6 +257,8 @@ class Transformer(nn.Module):
         for mlp in self.mlps():
             n_outputs = len(mlp.offsets) - 1 if mlp.owners is None else len(mlp.owners)
             mlp.router = R.Router(self.config.n_embd, n_outputs, width if mlp in ffns else min(width, 32), loss)
+            if loss == 'share' and not mlp.w_in.is_meta:
+                mlp.router.init_share(mlp.w_in, mlp.offsets, mlp.owners)
             mlp.router.to(mlp.w_in.device)
         self.config.router_loss, self.config.router_width = loss, width
 

@@ -15,8 +15,12 @@ Run it on a checkpoint:  python moefy.py out/sparse.pt out/moe.pt --n_experts=64
     D n_embd · F hidden neurons · E experts · n_k size of expert k
 """
 
+import time
+
 import torch
 import torch.nn.functional as F
+
+from model import BadInput
 
 SPLITS = ('kmeans', 'random')
 
@@ -24,7 +28,7 @@ SPLITS = ('kmeans', 'random')
 def expert_sizes(n_hidden, n_experts):
     """Sizes as equal as they get, the larger ones first: they sum to n_hidden."""
     if not 1 <= n_experts <= n_hidden:
-        raise ValueError(f'n_experts={n_experts} must be between 1 and the {n_hidden} neurons of an MLP')
+        raise BadInput(f'--n_experts={n_experts}: must be between 1 and the {n_hidden} neurons of an MLP')
     small, larger = divmod(n_hidden, n_experts)
     return torch.tensor([small + 1] * larger + [small] * (n_experts - larger))
 
@@ -148,6 +152,30 @@ def split_mlp(mlp, n_experts, split='kmeans', seed=0):
     order = cluster.argsort(stable=True).to(mlp.w_in.device)
     mlp.sort_neurons(order, offsets)
     return objective(x, cluster, n_experts), objective(x, dealt, n_experts)
+
+
+@torch.no_grad()
+def split_model(model, n_experts, expert_size=0, split='kmeans', seed=0, say=print):
+    """Sort the neurons of every MLP into experts, and make sure that the model's output stays what it was.
+
+    expert_size, where it is not 0, says how many neurons an expert has, instead of n_experts. Returns the
+    objective of each MLP's split, that of a random one, and the largest change of the output.
+    """
+    idx = torch.arange(min(64, model.config.block_size), device=model.wte.weight.device)[None]
+    idx, scores, start, mlps = idx % model.config.vocab_size, [], time.time(), model.mlps()
+    before = model(idx)
+    for i, mlp in enumerate(mlps):
+        n = max(1, mlp.w_in.shape[0] // expert_size) if expert_size else n_experts
+        scores.append(split_mlp(mlp, n, split, seed))
+        left = (time.time() - start) / (i + 1) * (len(mlps) - i - 1)
+        say(f'moefy   mlp {i + 1}/{len(mlps)}  {n} experts  objective {scores[-1][0]:.1f} '
+            f'(random split {scores[-1][1]:.1f})  {left:.0f} s left', flush=True)
+    model.add_experts([len(mlp.offsets) - 1 for mlp in mlps])
+    worst = (model(idx) - before).abs().max().item()
+    if not worst <= 1e-4 * max(1.0, before.abs().max().item()):
+        raise RuntimeError(f'sorting neurons changed the output by {worst:.2e}: nothing was written')
+    say(f'moefy   output unchanged to {worst:.1e}')
+    return dict(objective=[a for a, _ in scores], objective_random=[b for _, b in scores], output_change=worst)
 
 
 if __name__ == '__main__':

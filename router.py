@@ -165,6 +165,13 @@ def train_loss(model, batch, grams):
     return torch.stack(losses).mean(), {}
 
 
+def learn(model):
+    """What the router phase trains, and on what: (parameters, loss_fn(batch, progress))."""
+    grams = [gram(mlp.w_out, mlp.offsets, mlp.owners) for mlp in model.mlps()]
+    parameters = [p for mlp in model.mlps() for p in mlp.router.parameters()]
+    return parameters, lambda batch, progress: train_loss(model, batch[0], grams)
+
+
 if __name__ == '__main__':
     import sys
 

@@ -380,38 +380,16 @@ def learn_sparsify(model, o):
 
 
 def make_moefy(model, o, say):
-    """Sort every MLP's neurons into experts, and make sure that nothing else changed."""
-    idx = torch.arange(min(64, model.config.block_size))[None] % model.config.vocab_size
-    before, scores, start = model(idx), [], time.time()
-    for i, mlp in enumerate(model.mlps()):
-        n_hidden = mlp.w_in.shape[0]
-        n_experts = max(1, n_hidden // o.expert_size) if o.expert_size else o.n_experts
-        if n_experts > n_hidden:
-            raise BadInput(f'--n_experts={n_experts}: more experts than the {n_hidden} neurons of an MLP')
-        scores.append(moefy.split_mlp(mlp, n_experts, o.split, o.seed))
-        left = (time.time() - start) / (i + 1) * (len(model.mlps()) - i - 1)
-        say(f'moefy   mlp {i + 1}/{len(model.mlps())}  {n_experts} experts  objective {scores[-1][0]:.1f} '
-            f'(random split {scores[-1][1]:.1f})  {clock(left)} left')
-    model.add_experts([len(mlp.offsets) - 1 for mlp in model.mlps()])
-    worst = (model(idx) - before).abs().max().item()
-    if not worst <= 1e-4 * max(1.0, before.abs().max().item()):
-        raise RuntimeError(f'sorting neurons changed the output by {worst:.2e}: nothing was written')
-    say(f'moefy   dense output unchanged to {worst:.1e}')
-    return dict(objective=[a for a, _ in scores], objective_random=[b for _, b in scores], output_change=worst)
+    return moefy.split_model(model, o.n_experts, o.expert_size, o.split, o.seed, say)
 
 
 def make_router(loss, model, o, say):
     model.add_routers(loss, o.router_width)
-    if loss == 'share':
-        for mlp in model.mlps():
-            mlp.router.init_share(mlp.w_in, mlp.offsets, mlp.owners)
     return {}
 
 
 def learn_router(model, o):
-    grams = [router.gram(mlp.w_out, mlp.offsets, mlp.owners) for mlp in model.mlps()]
-    parameters = [p for mlp in model.mlps() for p in mlp.router.parameters()]
-    return parameters, lambda batch, progress: router.train_loss(model, batch[0], grams)
+    return router.learn(model)
 
 
 SAVE_EVERY = 60                     # seconds between checkpoints of a running phase
