@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import router as R
-from kernel import ACTIVATIONS, dense_mlp, expert_mlp, linear
+from kernel import ACTIVATIONS, dense_mlp, expert_mlp, linear, neuron_mask
 
 
 class BadInput(ValueError):
@@ -120,11 +120,8 @@ class MLP(nn.Module):
         a = ACTIVATIONS[self.act](z)
         tap.append(dict(x=x, z=z, a=a, score=score, mask=mask))
         if mask is not None:
-            a = a * self.neuron_mask(mask)
+            a = a.masked_fill(~neuron_mask(mask, self.offsets, self.w_in.shape[0]), 0)
         return linear(a, self.w_out.t(), self.b_out)
-
-    def neuron_mask(self, mask):                                 # (T, E) -> (T, F)
-        return mask.repeat_interleave(self.offsets.diff().long(), -1, output_size=self.w_in.shape[0])
 
     @torch.no_grad()
     def sort_neurons(self, order, offsets, owners=None):

@@ -3,17 +3,22 @@
 T tokens · D n_embd · F hidden neurons · E experts · R router outputs
 """
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import kernel
 import model as M
 import moefy
@@ -83,6 +88,387 @@ def finished(text, tmp_path_factory):
     status, results = run(*TINY, f'--data={text}', out=out)
     assert status == 0
     return out, results
+
+
+# ---------------------------------------------------------------------------------------------- kernel
+
+INTERPRET = kernel.triton is not None and kernel.INTERPRET
+needs_triton = pytest.mark.skipif(kernel.triton is None, reason='no triton')
+interpreted = pytest.mark.skipif(not INTERPRET, reason='runs in the subprocess of test_triton_in_the_interpreter')
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+needs_compiler = pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler')
+CPP_PATHS = dict(few=lambda *a: kernel.cpp_expert_mlp(*a, path='few'), many=lambda *a: kernel.cpp_expert_mlp(*a, path='many'))
+
+
+def fp64(x, mask, w_in, b_in, w_out, b_out, offsets, act):
+    """The definition in fp64: all experts computed, the unwanted ones zeroed."""
+    x, w_in, b_in, w_out, b_out = (t if t is None else t.double() for t in (x, w_in, b_in, w_out, b_out))
+    neurons = mask.repeat_interleave(offsets.diff().long(), -1)                         # (T, F)
+    h = kernel.ACTIVATIONS[act](F.linear(x, w_in, b_in)).masked_fill(~neurons, 0)
+    return F.linear(h, w_out.T, b_out)
+
+
+def layer(T, sizes, D, rho=0.4, dtype=torch.float32, bias=True, act='relu', device='cpu'):
+    torch.manual_seed(T + D + len(sizes))
+    n, offsets = sum(sizes), torch.tensor([0, *sizes]).cumsum(0).int()
+    mask = torch.rand(T, len(sizes)) < rho
+    x, w_in, w_out = torch.randn(T, D), torch.randn(n, D) / D ** 0.5, torch.randn(n, D) / max(n, 1) ** 0.5
+    b_in, b_out = (torch.randn(n), torch.randn(D)) if bias else (None, None)
+    x, w_in, b_in, w_out, b_out = (t if t is None else t.to(device, dtype) for t in (x, w_in, b_in, w_out, b_out))
+    return x, mask.to(device), w_in, b_in, w_out, b_out, offsets.to(device), act
+
+
+def check(f, args):
+    y, want = f(*args), fp64(*args)
+    assert y.dtype == args[0].dtype and y.shape == want.shape
+    error = (y.double() - want).norm() / want.norm().clamp(min=1e-9)
+    assert error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[y.dtype], error
+
+
+def check_that_rows_stay_apart(f, T, act='relu'):
+    """A NaN row, an inf row, and a NaN row that no expert runs."""
+    x, mask, *rest = layer(T, [24, 6, 0, 130], 40, 0.5, act=act)
+    x[1], x[2, 3], x[3], mask[1:3, 0], mask[3] = float('nan'), float('inf'), float('nan'), True, False
+    y, want = f(x, mask, *rest), fp64(x, mask, *rest).float()
+    good = [t for t in range(T) if t not in (1, 2)]
+    torch.testing.assert_close(y[good], want[good], rtol=1e-4, atol=1e-4)
+    assert y[1].isnan().all() and not y[2].isfinite().any() and torch.equal(y[3], rest[3])
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory is full of NaN and wild indices."""
+    def poison(make):
+        def f(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float('nan') if t.is_floating_point() else 2 ** 30)
+        return f
+    monkeypatch.setattr(torch, 'empty', poison(torch.empty))
+    monkeypatch.setattr(torch, 'empty_like', poison(torch.empty_like))
+
+
+SHAPES = [([0], 7), ([1], 1), ([5, 0, 3, 0], 33), ([4] * 9, 96), ([6] * 33, 8), ([24] * 5, 64), ([128, 130, 1, 0, 17], 100),
+          ([2, 3, 7, 9, 10, 11, 95, 97, 0], 40)]
+
+
+@pytest.mark.parametrize('impl', ['torch', 'dense', pytest.param('few', marks=needs_compiler),
+                                  pytest.param('many', marks=needs_compiler)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('T', [0, 1, 2, 17, 300])
+def test_cpu_implementations(T, dtype, impl, poisoned):
+    f = CPP_PATHS.get(impl) or functools.partial(kernel.expert_mlp, impl=impl)
+    for i, (sizes, D) in enumerate(SHAPES):
+        for j, act in enumerate(kernel.ACTIVATIONS):
+            check(f, layer(T, sizes, D, 0.4, dtype, bias=(i + j) % 2 == 0, act=act))
+
+
+@pytest.mark.parametrize('impl', ['torch', 'dense', pytest.param('few', marks=needs_compiler),
+                                  pytest.param('many', marks=needs_compiler)])
+def test_cpu_rows_stay_apart(impl, poisoned):
+    for act in kernel.ACTIVATIONS:
+        check_that_rows_stay_apart(CPP_PATHS.get(impl) or functools.partial(kernel.expert_mlp, impl=impl), 19, act)
+
+
+@needs_compiler
+@pytest.mark.parametrize('f', CPP_PATHS.values(), ids=CPP_PATHS)
+def test_cpp_threads_and_strides(f):
+    threads = torch.get_num_threads()
+    for T in (5, 300):
+        x, mask, *w = layer(T, [24] * 8 + [5], 72, act='gelu')
+        want = f(x, mask, *w)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(want, f(x, mask, *w))
+        torch.set_num_threads(threads)
+        wide = torch.randn(T, 144)
+        wide[:, ::2] = x
+        assert torch.equal(want, f(wide[:, ::2], mask.t().contiguous().t(), *w))
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_cpp_in_a_forked_child():
+    args = layer(300, [24] * 8, 64)
+    want = kernel.cpp_expert_mlp(*args)                          # the threads are running now
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)                                         # a hang ends as a failure
+        os._exit(0 if torch.equal(kernel.cpp_expert_mlp(*args), want) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+HERE = os.path.dirname(os.path.abspath(kernel.__file__))
+
+
+def test_without_a_compiler_torch_serves_with_one_warning(tmp_path):
+    code = ('import torch, kernel, test_all as t; args = t.layer(20, [5, 6], 8)\n'
+            'for _ in range(2): t.check(kernel.expert_mlp, args)\nprint(kernel.library())')
+    for cxx, why in (('no-such-compiler', 'no C++ compiler'), ('false', 'failed')):
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HERE,
+                              env={**os.environ, 'CXX': cxx, 'XDG_CACHE_HOME': str(tmp_path)})
+        assert done.stdout.strip() == 'None' and done.stderr.count('UserWarning') == 1 and why in done.stderr, done.stderr
+
+
+@needs_compiler
+def test_two_processes_may_build_at_once(tmp_path):
+    code = 'import kernel, test_all as t; t.check(kernel.cpp_expert_mlp, t.layer(9, [4, 5], 20))'
+    env = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, '-c', code], env=env, cwd=HERE) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    files = os.listdir(tmp_path / 'd2dmoe')
+    assert len(files) == 1 and files[0].endswith('.so')
+
+
+CPP_MAIN = r'''
+// Random shapes; every array is a heap block of exactly its size, so any read or write outside stops the run
+#include <cstdio>
+template <class W> struct Array {
+    std::vector<W> v; W* p;
+    Array(i64 n) : p((W*)malloc(n * sizeof(W))) { for (i64 i = 0; i < n; i++) store(p + i, (rand() % 2001 - 1000) * 1e-3f); }
+    ~Array() { free(p); }
+};
+template <class W> void round(i64 T, i64 D, i64 E) {
+    std::vector<int> sizes(E + 1);
+    int* offsets = (int*)malloc((E + 1) * sizeof(int));
+    offsets[0] = 0;
+    for (i64 e = 0; e < E; e++) offsets[e + 1] = offsets[e] + (rand() % 4 ? rand() % (rand() % 5 ? 12 : 140) : 0);
+    i64 F = offsets[E];
+    Array<W> x(T * D), w_in(F * D), w_out(F * D), y(T * D);
+    Array<float> b_in(F), b_out(D);
+    uint8_t* mask = (uint8_t*)malloc(T * E);
+    for (i64 i = 0; i < T * E; i++) mask[i] = rand() % 3 == 0;
+    for (int act = 0; act < 3; act++) {
+        std::vector<float> first;
+        const float* b = rand() % 2 ? b_in.p : nullptr;
+        Job<W> job{x.p, mask, w_in.p, b, w_out.p, b_out.p, offsets, y.p, T, D, E, act, 2};
+        few(job);
+        for (i64 i = 0; i < T * D; i++) first.push_back(f32(y.p[i]));
+        many(job);
+        for (i64 i = 0; i < T * D; i++)
+            if (!(std::fabs(first[i] - f32(y.p[i])) <= 2e-2f * (1 + std::fabs(first[i])))) { printf("differ at %ld: %g %g\n", (long)i, first[i], f32(y.p[i])); exit(1); }
+    }
+    free(offsets); free(mask);
+}
+int main() {
+    srand(1);
+    for (int i = 0; i < 60; i++) {
+        i64 T = 1 + rand() % (i % 10 ? 40 : 600), D = 1 + rand() % 100, E = 1 + rand() % 12;
+        round<float>(T, D, E);
+        round<bf16>(T, D, E);
+    }
+    puts("clean");
+}
+'''
+
+
+@needs_compiler
+def test_cpp_under_the_address_sanitizer(tmp_path):
+    source, binary = tmp_path / 'main.cpp', tmp_path / 'main'
+    flags = [f for f in kernel.FLAGS if f not in ('-O3', '-shared', '-fPIC')] + [
+        '-O1', '-g', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
+
+    def build(code):
+        source.write_text(code)
+        return subprocess.run(['c++', *flags, '-o', str(binary), str(source)], capture_output=True, text=True)
+    if build('int main() {}').returncode:
+        pytest.skip('no sanitizer')
+    done = build(kernel.CPP + CPP_MAIN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([str(binary)], capture_output=True, text=True)
+    assert done.returncode == 0 and 'clean' in done.stdout, (done.stdout + done.stderr)[-3000:]
+
+
+def test_the_reference_has_gradients_and_serves_when_they_are_asked_for():
+    args = [t.requires_grad_(True) if torch.is_tensor(t) and t.is_floating_point() else t for t in layer(7, [5, 3, 4], 6)]
+    y = kernel.expert_mlp(*args)
+    slow = fp64(*args)
+    got = torch.autograd.grad(y.square().sum(), [args[i] for i in (0, 2, 3, 4, 5)])
+    want = torch.autograd.grad(slow.square().sum(), [args[i] for i in (0, 2, 3, 4, 5)])
+    assert all(torch.allclose(a, b.float(), atol=1e-4) for a, b in zip(got, want))
+
+
+@needs_compiler
+def test_compile_without_graph_breaks():
+    for T in (3, 40):
+        args = layer(T, [8] * 4, 16)
+        f = torch.compile(lambda x, m: kernel.expert_mlp(x, m, *args[2:], rho=0.3) * 2, fullgraph=True, backend='aot_eager')
+        with torch.no_grad():
+            assert torch.allclose(f(*args[:2]), 2 * fp64(*args).float(), atol=1e-4)
+    torch.library.opcheck(kernel.cpp_op, layer(5, [8] * 4, 16), test_utils=('test_schema', 'test_faketensor'))
+
+
+def test_linear_is_linear():
+    with torch.inference_mode():
+        for T in (1, 5, 600):
+            x, w, b = torch.randn(2, T, 24), torch.randn(40, 24), torch.randn(40)
+            assert torch.allclose(kernel.linear(x, w, b), x @ w.T + b, atol=1e-4)
+            assert torch.allclose(kernel.linear(x, torch.randn(24, 40).copy_(w.T).T), x @ w.T, atol=1e-4)
+
+
+TRITON = kernel.triton_expert_mlp
+
+
+@needs_triton
+def test_triton_in_the_interpreter():
+    if INTERPRET:
+        pytest.skip('already in it')
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', '-k', 'interpreted',
+                           os.path.join(HERE, 'test_all.py')], capture_output=True, text=True,
+                          env={**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and ' passed' in done.stdout and 'skipped' not in done.stdout, done.stdout + done.stderr
+
+
+@interpreted
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('s', [4, 6, 24, 128])
+@pytest.mark.parametrize('T', [1, 17, 300])
+def test_interpreted_sizes(T, s, dtype, poisoned):
+    act, D = list(kernel.ACTIVATIONS)[(T + s) % 3], {4: 96, 6: 33, 24: 64, 128: 50}[s]
+    for rho in (0.25, 1.0) if T < 300 or s > 6 else (0.25,):    # the interpreter is slow
+        check(functools.partial(TRITON, rho=rho),
+              layer(T, [s] * {4: 16, 6: 9, 24: 5, 128: 3}[s], D, rho, dtype, bias=s != 6, act=act))
+
+
+@interpreted
+@pytest.mark.parametrize('act', kernel.ACTIVATIONS)
+@pytest.mark.parametrize('T', [3, 40])
+def test_interpreted_uneven_empty_and_bad_rows(T, act, poisoned):
+    for sizes in ([0, 1, 37, 0, 150, 5, 0], [70], [0, 0]):
+        check(TRITON, layer(T, sizes, 20, 0.5, act=act))
+    check(TRITON, layer(T, [9] * 4, 20, 0.5, torch.float16, act=act))
+    check_that_rows_stay_apart(TRITON, T + 1, act)
+
+
+@interpreted
+def test_interpreted_every_tile(monkeypatch):
+    args = layer(90, [24, 150], 40)
+    for tile in {tile[:4]: tile for tiles in kernel.TILES.values() for tile in tiles}.values():
+        monkeypatch.setitem(kernel.TILES, ('cuda:80', 4), [tile])
+        check(TRITON, args)
+
+
+@interpreted
+def test_interpreted_chunks_hints_and_strides(monkeypatch):
+    monkeypatch.setattr(kernel, 'CHUNK_ELEMENTS', 128 * 32)      # chunks of 128 tokens
+    for rho in (None, 0, 1):
+        check(functools.partial(TRITON, rho=rho), layer(256, [24, 7], 32, 0.9))
+    check(TRITON, layer(0, [4, 4], 16))
+    x, mask, *rest = layer(40, [24, 6, 33, 7], 40)
+    check(TRITON, (x[::2], mask[::2], *rest))
+    check(TRITON, (x.T.contiguous().T, mask.T.contiguous().T, *rest))
+
+
+@needs_triton
+@pytest.mark.parametrize('target', bench.TARGETS)
+def test_shipped_gpu_configurations_compile_without_spills(target):
+    if INTERPRET:
+        pytest.skip('the interpreter does not compile')
+    for dtype, name, tile, binary in bench.shipped(target):
+        registers, spills, stack, shared, counts = bench.resources(binary, target)
+        assert spills == stack == 0 and shared <= bench.SHARED_LIMIT[target], (dtype, name, spills, stack, shared)
+        assert registers <= (512 if target == 'hip' else 255)
+        if tile:  # both products run on tensor cores, no part of them on plain multiply-adds
+            assert sum(counts.get(kind, 0) for kind in ('wgmma', 'mma', 'mfma')) >= 2, (dtype, name, counts)
+            assert dtype == 'fp32' or 'fma' not in counts, (dtype, name, counts)
+            assert counts['add'] > 0                             # a reduction in hardware, no loop of compare-and-swap
+            assert target != 'cuda:90' or tile[0] < 64 or 'wgmma' in counts, (dtype, name, counts)
+    for act in ('gelu', 'gelu_tanh'):                            # the largest tile has the most to lose
+        _, spills, stack, _, _ = bench.resources(bench.compile_tile(kernel.TILES[target, 2][0], target, 'bf16', act), target)
+        assert spills == stack == 0, act
+
+
+@needs_triton
+def test_choice_of_gpu_tile():
+    for tiles in kernel.TILES.values():
+        def tile(tokens, s, E=24, chunks=8):
+            return kernel.choose_tile(tiles, tokens, E, s, chunks, processors=132)[0][:2]
+        assert tile(1024, 128)[1] == max(SB for _, SB, *_ in tiles)                     # a wide expert travels once
+        assert tile(1024, 24) == (64, 32) and tile(8, 128) == (16, 32)
+        assert tile(128, 128, E=4, chunks=1) == (16, 32)         # too little work for a large tile to fill the machine
+
+
+@needs_triton
+@pytest.mark.parametrize('target', ['cuda:90', 'hip'])
+def test_gpu_launches_read_nothing_on_the_host(target, monkeypatch):
+    """The wrapper with a driver that knows its target but has no device: every launch is specialised and
+    compiled as on a GPU, then dropped. No tensor is read on the host, and no T needs a kernel of its own."""
+    if INTERPRET:
+        pytest.skip('the interpreter does not compile')
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+    fake = SimpleNamespace(get_current_target=lambda: GPUTarget(*bench.TARGETS[target]), get_current_device=lambda: target,
+                           get_current_stream=lambda device: 0)
+    launches, run_kernel = {}, JITFunction.run
+
+    def warmup(fn, *args, grid, warmup, **options):
+        binary = run_kernel(fn, *args, grid=grid, warmup=True, **options)
+        launches.setdefault((fn.__name__, options.get('BM')), set()).add(binary.hash)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('a tensor was read on the host')
+
+    monkeypatch.setattr(JITFunction, 'run', warmup)
+    monkeypatch.setattr(kernel, 'machine', lambda device: (target, 132, kernel.compiler_options(target)))
+    cases = [layer(T, [24] * 24, 64, dtype=torch.bfloat16) for T in (1, 2, 17, 50, 4096, 5000, 70001)]
+    for name in ('item', 'tolist', 'nonzero', 'cpu', 'numpy', '__bool__', '__int__', '__index__', '__iter__'):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    real = driver._active
+    driver.set_active(fake)
+    try:
+        for args in cases:
+            TRITON(*args, rho=0.25)
+    finally:
+        driver._active = real
+    kinds = {('decode_kernel', None), ('dispatch_kernel', None), ('expert_kernel', 16), ('expert_kernel', 64)}
+    assert set(launches) == kinds and all(len(hashes) == 1 for hashes in launches.values()), launches
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('T', [1, 16, 256, 5000])
+@pytest.mark.parametrize('E, s', [(24, 128), (128, 24)])
+def test_gpu(T, E, s, dtype):
+    for act in kernel.ACTIVATIONS:
+        for rho in (0.05, 0.25, 1.0):
+            args = layer(T, [s] * E, 768, rho, dtype, act=act, device='cuda')
+            for _ in range(2):                                   # the second call as the first
+                check(functools.partial(TRITON, rho=rho), args)
+    check(TRITON, layer(T, [0, 1, 37, 0, 150, 5, 0], 50, 0.5, dtype, device='cuda'))
+
+
+@on_gpu
+@pytest.mark.parametrize('T', [4, 5000])
+def test_gpu_never_waits_and_graphs_replay_with_another_mask(T):
+    args = layer(T, [24] * 128, 768, device='cuda')
+    TRITON(*args, rho=0.25)                                      # compile outside the capture
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        kernel.expert_mlp(*args, rho=0.25, impl='triton')
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = TRITON(*args, rho=0.25)
+    args[1].copy_(torch.rand_like(args[1], dtype=torch.float32) < 0.5)
+    graph.replay()
+    torch.testing.assert_close(y.double(), fp64(*args), rtol=1e-4, atol=1e-4)
+
+
+@on_gpu
+def test_gpu_more_than_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip('needs 40 GB')
+    T, D = (2 ** 31 + 2 ** 20) // 768, 768
+    args = list(layer(1, [16] * 4, D, dtype=torch.bfloat16, device='cuda'))
+    args[0] = torch.randn(T, D, device='cuda', dtype=torch.bfloat16)
+    args[1] = torch.rand(T, 4, device='cuda') < 0.25
+    tail = slice(T - 1000, T)
+    y = TRITON(*args, rho=0.25)[tail]
+    want = fp64(args[0][tail], args[1][tail], *args[2:])
+    assert (y.double() - want).norm() / want.norm() < 1e-2
 
 
 # ---------------------------------------------------------------------------------------------- router

@@ -74,8 +74,8 @@ class Options:
     finetune_lr: float = 1e-3        # of dense and sparsify
     router_lr: float = 3e-3
     weight_decay: float = 0.1        # on matrices only
-    base_steps: int = 600
-    sparsify_steps: int = 200        # of dense, too
+    base_steps: int = 450
+    sparsify_steps: int = 150        # of dense, too
     router_steps: int = 200
     # the method
     sparsity_loss: str = 'l1'        # hoyer, l1; gelu_clamp keeps GELU
@@ -89,7 +89,7 @@ class Options:
     # evaluation and sampling
     rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
     tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
-    eval_batches: int = 16           # of batch_size held-out sequences; the first half picks tau
+    eval_batches: int = 12           # of batch_size held-out sequences; the first half picks tau
     prompt: str = '\n'
     n_tokens: int = 300              # to sample
     temperature: float = 0.8
