@@ -135,18 +135,21 @@ def print_sweep(rows, zeros, say=print):
     curves = {(r['router_loss'], r['rule']): [] for r in rows[2:]}
     for r in rows[2:]:
         curves[r['router_loss'], r['rule']].append(r)
-    for (name, rule), curve in curves.items():
-        fits = [r for r in curve if r['loss_pick'] <= 1.01 * rows[1]['loss_pick']]
-        if fits:
-            r = min(fits, key=lambda r: r['flops'])
-            say(f'  {name:8s}{rule:10s} tau {r["tau"]:<5g} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%}'
-                + (f', {r["speedup"]:.2f} x dense' if r['speedup'] else ''))
+    for (name, rule), r in picked(rows).items():
+        say(f'  {name:8s}{rule:10s} tau {r["tau"]:<5g} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%}'
+            + (f', {r["speedup"]:.2f} x dense' if r['speedup'] else ''))
     for name in dict.fromkeys(name for name, _ in curves):
         if (name, 'topk') in curves and len(curves[name, 'topk']) > 1 and router.USUAL_RULE[name] != 'topk':
             usual = curves[name, router.USUAL_RULE[name]]
             gap = flops_gap(usual, curves[name, 'topk'])
             say(f'  {name:8s}{usual[0]["rule"]} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on average, '
                 f'{max(gap):+.2%} at worst, over {len(gap)} points')
+
+
+def picked(rows):
+    """{(router, rule): its cheapest row within 1 % of all experts on, by the half that is not reported}."""
+    fits = [r for r in rows[2:] if r['loss_pick'] <= 1.01 * rows[1]['loss_pick']]
+    return {(r['router_loss'], r['rule']): r for r in sorted(fits, key=lambda r: -r['flops'])}
 
 
 def flops_gap(curve, other):
@@ -176,7 +179,8 @@ def plot_sweep(rows, path):
     for name, rule in dict.fromkeys((r['router_loss'], r['rule']) for r in rows[2:]):
         curve = [r for r in rows if (r['router_loss'], r['rule']) == (name, rule)]
         axes.plot([100 * r['flops'] for r in curve], [100 * r['delta_sparse'] for r in curve],
-                  marker='o', ms=3, ls=':' if name == 'oracle' else '--' if rule == 'topk' else '-', label=f'{name}, {rule}')
+                  ls=':' if name == 'oracle' else '--' if rule == 'topk' else '-', marker='o', ms=3,
+                  label=f'{name}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='all experts on')
     axes.set(xlabel='FLOPs of the whole model, routers included (% of dense)', ylabel='loss against all experts on (%)',
              ylim=(-0.5, 6))
@@ -291,7 +295,8 @@ def layer_suite(o, device):
     D, n_hidden, sizes, shares, replay = 768, 3072, (24, 64, 128), (0.1, 0.25, 0.5, 1.0), None
     if o.routing:
         replay, D, n_hidden = read_routing(o.routing)
-        sizes, shares = (n_hidden // replay[0].shape[1],), (float(torch.stack([m.float().mean() for m in replay]).mean()),)
+        sizes = (n_hidden // replay[0].shape[1],)
+        shares = (statistics.mean(m.float().mean().item() for m in replay),)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         layers, peak, bandwidth = make_layers(D, n_hidden, dtype, device), 0.0, measured_bandwidth(device)
@@ -317,9 +322,10 @@ def layer_suite(o, device):
                 limit = base / max(4 * T * D * n_hidden * rho / peak, moved / bandwidth)
                 rows.append(dict(
                     suite='layer', T=T, D=D, F=n_hidden, expert_size=s, rho=rho, dtype=str(dtype)[6:],
-                    impl=o.impl or 'auto', ms=1e3 * seconds, dense_ms={k: 1e3 * t for k, t in dense.items()} | {best: 1e3 * base},
-                    router_ms=1e3 * router_times[s], speedup=base / seconds, limit=limit, of_limit=base / seconds / limit,
-                    speedup_with_router=base / (seconds + router_times[s])))
+                    impl=o.impl or 'auto', ms=1e3 * seconds, router_ms=1e3 * router_times[s],
+                    dense_ms={name: 1e3 * t for name, t in dense.items()} | {best: 1e3 * base},
+                    speedup=base / seconds, speedup_with_router=base / (seconds + router_times[s]),
+                    limit=limit, of_limit=base / seconds / limit))
                 print_row(rows[-1], first=len(rows) == 1)
         say(f'{str(dtype)[6:]}: peak {peak / 1e9:.0f} GFLOP/s (the fastest dense), {bandwidth / 1e9:.0f} GB/s read\n')
     fp32 = [r['of_limit'] for r in rows if r['dtype'] == 'float32' and r['rho'] <= 0.5]
@@ -329,7 +335,7 @@ def layer_suite(o, device):
 
 def print_row(r, first):
     if first:
-        say('   T  size   rho  dtype     dense by             dense ms   ms       speedup  with router  limit  of limit')
+        say('   T  size   rho  dtype     dense by             dense ms        ms  speedup with router  limit of limit')
     best = min(r['dense_ms'], key=r['dense_ms'].get)
     say(f'{r["T"]:4d}{r["expert_size"]:6d}{r["rho"]:6.2f}  {r["dtype"]:9s} {best:18s}{r["dense_ms"][best]:10.3f}'
         f'{r["ms"]:10.3f}{r["speedup"]:9.2f}{r["speedup_with_router"]:12.2f}{r["limit"]:9.2f}{r["of_limit"]:9.2f}')
@@ -345,8 +351,8 @@ def linearity(o, device, D, n_hidden, T=4096, s=24):
     slope, start = np.polyfit(shares, times[1:], 1)
     r2 = np.corrcoef(shares, times[1:])[0, 1] ** 2
     say(f'T {T}, experts of {s}: time = {start / times[0]:.3f} + {slope / times[0]:.3f} rho of dense, R^2 = {r2:.4f}')
-    return [dict(suite='linearity', T=T, D=D, F=n_hidden, expert_size=s, rho=rho, dtype='float32', impl=o.impl or 'auto',
-                 ms=1e3 * t, dense_ms=dict(linear=1e3 * times[0]), speedup=times[0] / t, r2=float(r2))
+    return [dict(suite='linearity', T=T, D=D, F=n_hidden, expert_size=s, rho=rho, dtype='float32',
+                 impl=o.impl or 'auto', ms=1e3 * t, dense_ms=dict(linear=1e3 * times[0]), speedup=times[0] / t, r2=float(r2))
             for rho, t in zip(shares, times[1:])]
 
 
@@ -384,11 +390,11 @@ def whole_model(o, device, name, run, tokens, T):
         base, ours, ffn_base, ffn_ours = in_turn([lambda: run(dense), lambda: run(converted), *ffn], rounds=5)
         calls = tokens / T if name == 'decode' else 1            # the FFNs run once a token there
         law = base / (base - calls * (ffn_base - ffn_ours))
+        speedup = base / ours
         rows.append(dict(suite=name, rho=rho, expert_size=24, dtype='float32', tokens_per_s=tokens / ours,
-                         dense_tokens_per_s=tokens / base, speedup=base / ours, amdahl=law, of_amdahl=base / ours / law))
-        r = rows[-1]
-        say(f'{name}  rho {rho:4.2f}  dense {r["dense_tokens_per_s"]:8.1f} tokens/s  converted {r["tokens_per_s"]:8.1f}  '
-            f'speedup {r["speedup"]:.2f}  Amdahl {law:.2f}  reached {r["of_amdahl"]:.2f} of it')
+                         dense_tokens_per_s=tokens / base, speedup=speedup, amdahl=law, of_amdahl=speedup / law))
+        say(f'{name}  rho {rho:4.2f}  dense {tokens / base:8.1f} tokens/s  converted {tokens / ours:8.1f}  '
+            f'speedup {speedup:.2f}  Amdahl {law:.2f}  reached {speedup / law:.2f} of it')
     return rows
 
 
@@ -478,7 +484,7 @@ def peers(layers, E, s, mask, chosen):
     return jobs
 
 
-# ---------------------------------------------------------------------------------------------- GPU kernels, compiled here
+# ---------------------------------------------------------------------------------------------- GPU kernels compiled
 
 DTYPES = {'bf16': torch.bfloat16, 'fp32': torch.float32}                # fp16 compiles as bf16 does
 TARGETS = {'cuda:80': ('cuda', 80, 32), 'cuda:90': ('cuda', 90, 32), 'hip': ('hip', 'gfx942', 64)}
@@ -499,8 +505,9 @@ def compile_kernel(fn, target, dtype, num_warps=4, num_stages=1, **constants):
 
 def compile_tile(tile, target, dtype, act='relu', E=128, EVEN=True):
     BM, SB, BK, BN, num_warps, num_stages = tile
-    return compile_kernel(kernel.expert_kernel, target, dtype, num_warps, num_stages, BM=BM, SB=SB, BK=BK, BN=BN, ACT=act,
-                          BE=E, EVEN=EVEN, CHUNK=4096, PRECISION=kernel.precision(target, DTYPES[dtype]), INTERPRET=False)
+    return compile_kernel(kernel.expert_kernel, target, dtype, num_warps, num_stages, BM=BM, SB=SB, BK=BK, BN=BN,
+                          ACT=act, BE=E, EVEN=EVEN, CHUNK=4096, INTERPRET=False,
+                          PRECISION=kernel.precision(target, DTYPES[dtype]))
 
 
 def shipped(target, act='relu'):
@@ -534,6 +541,22 @@ def resources(binary, target):
     return registers, spills, stack, binary.metadata.shared, {kind: n for kind, n in counts.items() if n}
 
 
+def roofline(tile, target, T, D, E, s, size, rho):
+    """-> bytes through L2 and FLOPs per (token, expert) pair, the most this tile can gain over a dense MLP
+    running at its peak, and what stops it. Optimistic: no padded tokens, no latency, adds cost a store."""
+    BM, SB = tile[:2]
+    items = kernel.triton.cdiv(s, SB)            # an expert is that many items wide; each gathers x and adds to y
+    pair_bytes, pair_flops = D * (items * (size + 4) + 2 * s * size / BM), 4 * D * items * SB
+    _, peaks, hbm, l2 = kernel.GPUS.get(target, kernel.GPUS['cuda:80'])
+    once = 2 * D * size * (T + E * s) / hbm                      # x, y and the weights
+    dense = max(4 * T * E * s * D / peaks[size][0], once)
+    touched = min(1.0, T * rho)                                  # of the weights, by few tokens
+    times = dict(flops=rho * T * E * pair_flops / peaks[size][1], HBM=2 * D * size * (T + touched * E * s) / hbm,
+                 L2=(rho * T * E * pair_bytes + T * D * (8 + size)) / l2)               # fill and cast y, too
+    bound = max(times, key=times.get)
+    return pair_bytes, pair_flops, dense / times[bound], bound
+
+
 def kernel_report():
     """python kernel.py: registers, spills, instructions and the roofline of every shipped GPU configuration."""
     if kernel.triton is None:
@@ -551,7 +574,7 @@ def kernel_report():
             counts = ' '.join(f'{kind} {n}' for kind, n in counts.items())
             print(f'{target:8}{dtype:5}{name:20}{registers:4}{spills:7}{stack:6}{shared:7} {counts:22}', end='')
             for E, s in shapes if tile else []:
-                pair_bytes, pair_flops, gain, bound = kernel.roofline(tile, target, 4096, 768, E, s, size, 0.25)
+                pair_bytes, pair_flops, gain, bound = roofline(tile, target, 4096, 768, E, s, size, 0.25)
                 chosen = tile == kernel.choose_tile(kernel.TILES[target, size], 1024, E, s, chunks=1, processors=132)[0]
                 columns = f'{pair_bytes / 1e3:16.1f}{pair_flops / 1e3:6.0f}{gain:6.2f} {bound}{"*" * chosen}'
                 print(columns.replace('nan', '  -').ljust(36), end='')
@@ -583,7 +606,7 @@ def main():
     suites = dict(layer=layer_suite, decode=decode_suite, model=model_suite, peers=peers_suite)
     parser = argparse.ArgumentParser(description='Wall-clock of routed MLPs against the fastest dense ones, as ratios '
                                      'within one run.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--suite', choices=suites, default='layer', help='one layer, decoding or prefill of a GPT-2, peers')
+    parser.add_argument('--suite', choices=suites, default='layer', help='one layer; a GPT-2 decoding or in prefill; peers')
     parser.add_argument('--impl', choices=('cpp', 'triton', 'torch', 'dense'), help='force an implementation')
     parser.add_argument('--routing', metavar='FILE', help="masks of a trained model (train.py's routing.pt) to replay")
     parser.add_argument('--json', metavar='FILE', help='write a JSON line for each row')

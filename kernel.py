@@ -59,11 +59,20 @@ def expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, impl=None, w_gat
         return reference(x, mask, w_in, b_in, w_out, b_out, offsets, act)
     args = x, mask, w_in, b_in, w_out, b_out, offsets, act
     impl = impl or choose(x, mask, w_in, act, rho)
-    if impl == 'triton':
-        return triton_op(*args, rho) if torch.compiler.is_compiling() else triton_expert_mlp(*args, rho)
-    if impl == 'cpp':                                            # the op costs 20 us, as much as a small layer
-        return cpp_op(*args) if torch.compiler.is_compiling() else cpp_expert_mlp(*args)
+    if impl in ('triton', 'cpp'):                                # the op costs 20 us, as much as a small layer
+        return (experts_op if torch.compiler.is_compiling() else run_fused)(*args, impl, rho)
     return dense_masked(*args) if impl == 'dense' else expert_loop(*args)
+
+
+def run_fused(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor, b_in: Optional[torch.Tensor],
+              w_out: torch.Tensor, b_out: Optional[torch.Tensor], offsets: torch.Tensor, act: str, impl: str,
+              rho: Optional[float]) -> torch.Tensor:
+    args = x, mask, w_in, b_in, w_out, b_out, offsets, act
+    return triton_expert_mlp(*args, rho) if impl == 'triton' else cpp_expert_mlp(*args)
+
+
+experts_op = torch.library.custom_op('d2dmoe::experts', run_fused, mutates_args=())
+experts_op.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 def choose(x, mask, w_in, act, rho):
@@ -74,7 +83,7 @@ def choose(x, mask, w_in, act, rho):
         # On a GPU small experts are bound by moving tokens in and out, not by arithmetic: a bf16 layer of an
         # H100 gains from 128 neurons an expert on. `gain` is the model behind the table of `python kernel.py`;
         # it was never checked on a GPU.
-        return 'triton' if gain(x, mask.shape[1], w_in.shape[0], 0.25 if rho is None else rho) > 1 else 'dense'
+        return 'triton' if gain(x, mask.shape[1], w_in.shape[0], rho or 0.25) > 1 else 'dense'
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or not have_cpp():
         return 'dense' if x.device.type == 'mps' else 'torch'
     # `python bench.py --impl=cpp`: at rho = 1 the kernel reaches 1.0 to 1.1 of dense for T > 16, because the zeros
@@ -392,46 +401,22 @@ def triton_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, rho=None)
     return y.to(x.dtype)
 
 
-GPUS = {  # FLOP/s of dense and of experts (in fp32 plain, and tf32 / 3), bytes/s of HBM and, assumed, of L2
+GPUS = {  # FLOP/s of dense and of experts by bytes an element (fp32 plain; tf32 / 3), bytes/s of HBM, of L2 (assumed)
     'cuda:80': ('A100', {2: (312e12, 312e12), 4: (19.5e12, 52e12)}, 2.0e12, 4.0e12),
     'cuda:90': ('H100', {2: (989e12, 989e12), 4: (67e12, 165e12)}, 3.35e12, 5.5e12),
 }
 
 
-def roofline(tile, target, T, D, E, s, size, rho):
-    """-> bytes through L2 and FLOPs per (token, expert) pair, the most this tile can gain over a dense MLP
-    running at its peak, and what stops it. Optimistic: no padded tokens, no latency, adds cost a store."""
-    BM, SB = tile[:2]
-    items = triton.cdiv(s, SB)                   # an expert is that many items wide; each gathers x and adds to y
-    pair_bytes, pair_flops = D * (items * (size + 4) + 2 * s * size / BM), 4 * D * items * SB
-    _, peaks, hbm, l2 = GPUS.get(target, GPUS['cuda:80'])
-    once = 2 * D * size * (T + E * s) / hbm                      # x, y and the weights
-    dense = max(4 * T * E * s * D / peaks[size][0], once)
-    touched = min(1.0, T * rho)                                  # of the weights, by few tokens
-    times = dict(flops=rho * T * E * pair_flops / peaks[size][1], HBM=2 * D * size * (T + touched * E * s) / hbm,
-                 L2=(rho * T * E * pair_bytes + T * D * (8 + size)) / l2)               # fill and cast y, too
-    bound = max(times, key=times.get)
-    return pair_bytes, pair_flops, dense / times[bound], bound
-
-
 def gain(x, E, n_hidden, rho):
-    """What the roofline promises `choose` for this call: time of dense over time of experts."""
-    (T, D), size, (target, processors, _) = x.shape, x.element_size(), machine(x.device)
-    s = triton.cdiv(n_hidden, E)
-    tile, _ = choose_tile(TILES[target, size], max(1, round(rho * T)), E, s, 1, processors)
-    return roofline(tile, target, max(T, 1), D, E, s, size, rho)[2]
+    """What `choose` may expect: time of dense at its peak over time of experts that move x in and y out through L2.
 
-
-@torch.library.custom_op('d2dmoe::experts_triton', mutates_args=())
-def triton_op(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor, b_in: Optional[torch.Tensor],
-              w_out: torch.Tensor, b_out: Optional[torch.Tensor], offsets: torch.Tensor, act: str,
-              rho: Optional[float]) -> torch.Tensor:
-    return triton_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, rho)
-
-
-@triton_op.register_fake
-def _(x, *_):
-    return torch.empty_like(x)
+    The model of bench.roofline for many tokens, less its smaller terms; few tokens only read their weights.
+    """
+    (T, D), size, target, s = x.shape, x.element_size(), machine(x.device)[0], triton.cdiv(n_hidden, E)
+    _, peaks, _, l2 = GPUS.get(target, GPUS['cuda:80'])
+    dense, experts = peaks[size]
+    pair = max(D * triton.cdiv(s, 128 if size == 2 else 64) * (size + 4) / l2, 4 * D * s / experts)
+    return 1.25 / rho if T <= FEW_TOKENS else 4 * D * s / dense / (rho * pair)
 
 
 # ---------------------------------------------------------------------------------------------- C++
@@ -447,42 +432,6 @@ class Job(ctypes.Structure):  # as in the source above
         (name, ctypes.c_int64) for name in 'TDE'] + [(name, ctypes.c_int) for name in ('act', 'threads')]
 
 
-@functools.cache
-def library():
-    """The compiled kernel, or None (with one warning that says why) where it can't be built."""
-    compilers = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
-    cxx = next((c for c in map(shlex.split, compilers) if shutil.which(c[0])), None)
-    if cxx is None:
-        warnings.warn(f'no C++ compiler ({", ".join(compilers)}) found: experts run in plain torch, slowly')
-        return None
-    try:
-        version = subprocess.run(cxx + ['--version'], capture_output=True, text=True).stdout
-        key = '\0'.join([CPP, *cxx, *FLAGS, version, cpu_name()])
-        folder = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'd2dmoe')
-        path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:16] + '.so')
-        if not os.path.exists(path):
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as tmp:  # the same file system: the rename is atomic
-                source, built = os.path.join(tmp, 'kernel.cpp'), os.path.join(tmp, 'kernel.so')
-                with open(source, 'w') as f:
-                    f.write(CPP)
-                for openmp in (['-fopenmp'], []):
-                    run = subprocess.run([*cxx, *FLAGS, *openmp, '-o', built, source], capture_output=True, text=True)
-                    if run.returncode == 0:
-                        break
-                else:
-                    raise OSError(run.stderr.strip()[-2000:])
-                os.replace(built, path)
-        lib = ctypes.CDLL(path)
-    except OSError as e:
-        warnings.warn(f'building the C++ kernel with {cxx[0]} failed: experts run in plain torch, slowly\n{e}')
-        return None
-    for name in ('few_f32', 'few_bf16', 'many_f32', 'many_bf16'):
-        getattr(lib, name).argtypes = [ctypes.POINTER(Job)]
-        getattr(lib, name).restype = None
-    return lib
-
-
 def cpu_name():
     """What -march=native depends on."""
     try:
@@ -492,21 +441,53 @@ def cpu_name():
         return platform.machine() + platform.processor()
 
 
+def build(cxx):
+    """Path of the shared library, compiled unless the cache has it."""
+    version = subprocess.run([*cxx, '--version'], capture_output=True, text=True).stdout
+    key = '\0'.join([CPP, *cxx, *FLAGS, version, cpu_name()])
+    folder = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'd2dmoe')
+    path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:16] + '.so')
+    if os.path.exists(path):
+        return path
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as tmp:  # the same file system: the rename is atomic
+        for openmp in (['-fopenmp'], []):
+            command = [*cxx, *FLAGS, *openmp, '-o', f'{tmp}/kernel.so', '-x', 'c++', '-']
+            done = subprocess.run(command, input=CPP, capture_output=True, text=True)
+            if done.returncode == 0:
+                os.replace(f'{tmp}/kernel.so', path)
+                return path
+    raise OSError(done.stderr.strip()[-2000:])
+
+
+@functools.cache
+def library():
+    """The compiled kernel, or None (with one warning that says why) where it can't be built."""
+    compilers = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
+    try:
+        cxx = next((c for c in map(shlex.split, compilers) if shutil.which(c[0])), None)
+        if cxx is None:
+            raise OSError(f'no C++ compiler ({", ".join(compilers)}) found')
+        return ctypes.CDLL(build(cxx))
+    except OSError as e:
+        warnings.warn(f'building the C++ kernel failed: experts run in plain torch, slowly\n{e}')
+
+
 def cpp_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, path=None):
     """y[t] = b_out + sum of act(x[t] @ w_in[e].T + b_in[e]) @ w_out[e] over the e with mask[t, e]. No autograd."""
     (T, D), E = x.shape, mask.shape[1]
     assert x.dtype in (torch.float32, torch.bfloat16) and w_in.dtype == w_out.dtype == x.dtype
     assert mask.dtype == torch.bool and mask.shape[0] == T and offsets.dtype == torch.int32 and len(offsets) == E + 1
     assert w_in.shape == w_out.shape == (w_in.shape[0], D) and w_in.is_contiguous() and w_out.is_contiguous()
-    path = path or ('few' if T <= FEW else 'many')
+    few = path == 'few' if path else T <= FEW
     x, mask, offsets = x.contiguous(), mask.contiguous(), offsets.contiguous()
     b_in, b_out = [None if b is None else b.float().contiguous() for b in (b_in, b_out)]  # kept alive to the call's end
     y = torch.empty_like(x)
-    fn = getattr(library(), f'{path}_{"f32" if x.dtype == torch.float32 else "bf16"}')
     threads = torch.get_num_threads() if os.getpid() == PID else 1  # in a forked child libgomp would hang
     if T:
         pointers = [None if t is None else t.data_ptr() for t in (x, mask, w_in, b_in, w_out, b_out, offsets, y)]
-        fn(Job(*pointers, T, D, E, ACTS.index(act), threads))
+        job = Job(*pointers, T, D, E, ACTS.index(act), threads)
+        library().run(ctypes.byref(job), x.dtype == torch.bfloat16, few)
     return y
 
 
@@ -515,71 +496,39 @@ def have_cpp():
     return library() is not None
 
 
-@torch.library.custom_op('d2dmoe::experts_cpp', mutates_args=())
-def cpp_op(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor, b_in: Optional[torch.Tensor], w_out: torch.Tensor,
-           b_out: Optional[torch.Tensor], offsets: torch.Tensor, act: str) -> torch.Tensor:
-    return cpp_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act)
-
-
-@cpp_op.register_fake
-def _(x, *_):
-    return torch.empty_like(x)
-
-
 CPP = r'''
 // y[t] = b_out + sum over experts e with mask[t, e] of act(x[t] @ w_in[e].T + b_in[e]) @ w_out[e]
 //
 // Layout: x (T, D), w_in and w_out (F, D): a neuron is a row of each, so both matmuls walk along D.
 //   hidden: h = x row . w_in row; a register tile of 3 tokens x 4 neurons (7 loads for 12 multiply-adds),
 //           token rows gathered by pointer, nothing packed. Each h that is not zero goes to its token's list.
-//   outer:  y row += h * w_out row over the list, a strip of D at a time in registers; zeros cost nothing.
-// many() runs blocks of tokens in parallel: for each GROUP of neurons, hidden() over the block, then outer() with
-//   that strip of w_out copied to the L1 cache (rows a power of two apart would evict each other there).
-// few() is bound by memory: CHUNKS of neurons in parallel, a weight row leaves memory once for all tokens.
+//   outer:  sum row += h * w_out row over the list, a strip of D at a time in registers; zeros cost nothing.
+// experts() does so for a block of tokens and a range of neurons, a GROUP of neurons at a time.
+// many() runs blocks of tokens in parallel, each with all neurons. A group's strip of w_out is copied to the L1 cache
+//   for the block (rows a power of two apart would evict each other there).
+// few() is bound by memory: it runs chunks of neurons in parallel, a weight leaves memory once for all tokens.
 // The order of every sum is fixed by the shapes and the mask, never by the number of threads.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
-#include <array>
-#include <type_traits>
 #include <vector>
 typedef int64_t i64;
 
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };  // NEON, SSE
-#endif
-enum { STRIP = 8 * LANES, GROUP = 96, SPAN = 24, PIECE = 16, CHUNKS = 32 };  // GROUP x STRIP floats: 24 KB with AVX2
+enum { LANES = __BIGGEST_ALIGNMENT__ > 16 ? __BIGGEST_ALIGNMENT__ / 4 : 4 };  // 16 AVX-512, 8 AVX, 4 NEON and SSE
+enum { STRIP = 8 * LANES, GROUP = 96, SPAN = 24 };  // GROUP x STRIP floats: 24 KB with AVX2
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef float vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // the same, anywhere in memory
 typedef float v4 __attribute__((vector_size(16)));
 typedef uint32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-struct bf16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };  // the upper half of an fp32
 
-// bf16 is the upper half of an fp32
 static inline float f32(float v) { return v; }
 static inline float f32(bf16 v) { uint32_t u = (uint32_t)v.bits << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline vf load(const float* p) { return *(const vu*)p; }
-static inline vf load(const bf16* p) {
-#if defined(__AVX__) && !defined(__AVX512F__)
-    vh h = *(const vh*)p, zero = {};  // GCC 12 takes twice the instructions for convertvector
-    return (vf)__builtin_shufflevector(zero, h, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15);
-#else
-    return (vf)(__builtin_convertvector(*(const vh*)p, vi) << 16);
-#endif
-}
-static inline vf pinned(vf v) {  // in a register: GCC would rather load it once for each use
-#if defined(__x86_64__)
-    __asm__("" : "+v"(v));
-#endif
-    return v;
-}
+static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vi) << 16); }
 static inline void store(float* p, float v) { *p = v; }
 static inline void store(bf16* p, float v) {  // to nearest, ties to even; a NaN stays one
     uint32_t u; memcpy(&u, &v, 4);
@@ -590,13 +539,25 @@ template <class W> static void widen(float* out, const W* in, i64 n) {
     for (; k + LANES <= n; k += LANES) *(vu*)(out + k) = load(in + k);
     for (; k < n; k++) out[k] = f32(in[k]);
 }
+static inline vf pinned(vf v) {  // in a register: GCC would rather load it once for each use
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
 
-struct Buffer {  // aligned, so that no vector of ours straddles two cache lines
-    void* p;
-    Buffer(i64 bytes) : p(aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
-    ~Buffer() { free(p); }
-    operator float*() { return (float*)p; }
-};
+static inline v4 fold(vf v) {
+    v4 part[LANES / 4];
+    memcpy(part, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) part[0] += part[i];
+    return part[0];
+}
+static inline v4 lane_sums(const vf* acc) {  // of four vectors, in one; always the same order of additions
+    v4 a = fold(acc[0]), b = fold(acc[1]), c = fold(acc[2]), d = fold(acc[3]);
+    v4 ab = v4{a[0], b[0], a[1], b[1]} + v4{a[2], b[2], a[3], b[3]};
+    v4 cd = v4{c[0], d[0], c[1], d[1]} + v4{c[2], d[2], c[3], d[3]};
+    return v4{ab[0], ab[1], cd[0], cd[1]} + v4{ab[2], ab[3], cd[2], cd[3]};
+}
 
 __attribute__((noinline)) static v4 gelu(v4 h, int act) {  // out of line: its code would be in every tile
     for (int j = 0; j < 4; j++) {
@@ -606,230 +567,188 @@ __attribute__((noinline)) static v4 gelu(v4 h, int act) {  // out of line: its c
     return h;
 }
 
-// The lane sums of four vectors, in one; always the same order of additions
-static inline v4 fold(vf v) {
-#if defined(__AVX512F__)
-    auto w = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
-#elif defined(__AVX__)
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-#else
-    return v;
-#endif
-}
-static inline v4 sums(v4 a, v4 b, v4 c, v4 d) {
-    v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-
 template <class W> struct Job {  // one call; kernel.py fills it through ctypes
     const W* x; const uint8_t* mask; const W* w_in; const float* b_in; const W* w_out; const float* b_out;
     const int* offsets; W* y; i64 T, D, E; int act, threads;
+    i64 strips() const { return (D + STRIP - 1) / STRIP; }
 };
 
+struct Buffer {  // aligned, so that no vector of ours straddles two cache lines
+    float* p;
+    Buffer(i64 n) : p((float*)aligned_alloc(64, n / 16 * 64 + 64)) {}
+    ~Buffer() { free(p); }
+    operator float*() { return p; }
+};
 struct Unit { float h; int row; };  // a hidden unit that is not zero, and its row of w_out
-struct Lists {  // one thread's scratch for a block of n tokens
-    Buffer units, counts, tokens, rows;
-    Unit* unit;   // (n, GROUP): for each token its units in the current group
-    int* count;   // (n): how many
-    int* token;   // (n): the tokens that want an expert
-    Lists(i64 n, i64 D) : units(n * GROUP * sizeof(Unit)), counts(n * 4), tokens(n * 4), rows(4 * D * 4),
-        unit((Unit*)units.p), count((int*)counts.p), token((int*)tokens.p) {}
-    int who(const uint8_t* mask, i64 n, i64 E) {  // reads one column of the mask
-        int wanted = 0;
-        for (i64 t = 0; t < n; t++) {
-            token[wanted] = t;
-            wanted += mask[t * E] != 0;
-        }
-        return wanted;
-    }
+struct Scratch {  // one thread's, for a block of n tokens and groups of at most `group` neurons
+    Buffer x, w_in;                  // x and four rows of w_in, where these are widened
+    i64 group;
+    std::vector<Unit> units;         // (n, group): for each token its units in the current group
+    std::vector<int> counts, token;  // (n): how many; the tokens that want an expert
+    Scratch(i64 n, i64 D, i64 group) : x(n * D), w_in(4 * D), group(group), units(n * group), counts(n), token(n) {}
 };
 
-// NT tokens x NJ neurons of the first matmul. `row` is the first neuron's number in the list.
-template <int NT, int NJ, class W>
-static void tile(const float* x, const int* token, const W* w, const float* b, i64 D, int act, int row, Lists& lists) {
-    const float* xs[NT];
-    vf acc[NT][4] = {};
-    for (int t = 0; t < NT; t++) xs[t] = x + token[t] * D;
-    i64 k = 0;
-    for (; k + LANES <= D; k += LANES) {
-        vf xk[NT];
-        for (int t = 0; t < NT; t++) xk[t] = pinned(load(xs[t] + k));
-        for (int j = 0; j < NJ; j++) {
-            vf wk = pinned(load(w + j * D + k));
-            for (int t = 0; t < NT; t++) acc[t][j] += xk[t] * wk;
-        }
-    }
+// NT tokens x NJ neurons of the first matmul at a time. `row` is the first neuron's number in the group.
+template <int NT, int NJ, class P>
+static void tiles(const float* x, const int* token, int n, P w, const float* b, i64 D, int act, int row, Scratch& my) {
     v4 bias = {};
     for (int j = 0; b && j < NJ; j++) bias[j] = b[j];
-    #pragma GCC unroll 4
-    for (int t = 0; t < NT; t++) {
-        v4 h = sums(fold(acc[t][0]), fold(acc[t][1]), fold(acc[t][2]), fold(acc[t][3]));
-        int n = lists.count[token[t]];
-        Unit* unit = lists.unit + (i64)token[t] * GROUP;
-        for (i64 i = k; i < D; i++)
-            for (int j = 0; j < NJ; j++) h[j] += xs[t][i] * f32(w[j * D + i]);
-        h += bias;
-        h = act ? gelu(h, act) : h < v4{} ? v4{} : h;  // NaN < 0 is false: relu(NaN) is NaN
-        auto alive = h != v4{};  // 0 or -1; true for NaN
-        for (int j = 0; j < NJ; j++) {
-            unit[n] = {h[j], row + j};
-            n -= alive[j];  // no branch: it would be a coin flip
+    for (; n >= NT; n -= NT, token += NT) {
+        const float* xs[NT];
+        vf acc[NT][4] = {};
+        for (int t = 0; t < NT; t++) xs[t] = x + token[t] * D;
+        i64 k = 0;
+        for (; k + LANES <= D; k += LANES) {
+            vf xk[NT];
+            for (int t = 0; t < NT; t++) xk[t] = pinned(load(xs[t] + k));
+            for (int j = 0; j < NJ; j++) {
+                vf wk = pinned(load(w + j * D + k));
+                for (int t = 0; t < NT; t++) acc[t][j] += xk[t] * wk;
+            }
         }
-        lists.count[token[t]] = n;
+        #pragma GCC unroll 4
+        for (int t = 0; t < NT; t++) {
+            v4 h = lane_sums(acc[t]);
+            int count = my.counts[token[t]];
+            Unit* unit = &my.units[token[t] * my.group];
+            for (i64 i = k; i < D; i++)
+                for (int j = 0; j < NJ; j++) h[j] += xs[t][i] * f32(w[j * D + i]);
+            h += bias;
+            h = act ? gelu(h, act) : h < v4{} ? v4{} : h;  // NaN < 0 is false: relu(NaN) is NaN
+            auto alive = h != v4{};  // 0 or -1; true for NaN
+            for (int j = 0; j < NJ; j++) {
+                unit[count] = {h[j], row + j};
+                count -= alive[j];  // no branch: it would be a coin flip
+            }
+            my.counts[token[t]] = count;
+        }
     }
+    if constexpr (NT > 1) tiles<NT - 1, NJ>(x, token, n, w, b, D, act, row, my);
 }
 
-template <int NJ, class P>
-static void tiles(const float* x, const int* token, int n, P w, const float* b, i64 D, int act, int row, Lists& lists) {
-    const int NT = NJ == 4 ? 3 : 4;  // 12 sums, 3 + 1 operands: the 16 registers of AVX2
-    int i = 0;
-    for (; i + NT <= n; i += NT) tile<NT, NJ>(x, token + i, w, b, D, act, row, lists);
-    if (n - i == 3) tile<3, NJ>(x, token + i, w, b, D, act, row, lists);
-    if (n - i == 2) tile<2, NJ>(x, token + i, w, b, D, act, row, lists);
-    if (n - i == 1) tile<1, NJ>(x, token + i, w, b, D, act, row, lists);
-}
-
-// Hidden units of neurons j0 .. j1 for the first n of lists.token, in nearly equal tiles of at most four neurons
-template <class W>
-static void hidden(const Job<W>& job, const float* x, int n, i64 j0, i64 j1, i64 row0, Lists& lists) {
+// Hidden units of neurons j0 .. j1 for the first n of my.token, in nearly equal tiles of at most four neurons
+template <class W> static void hidden(const Job<W>& job, const float* x, int n, i64 j0, i64 j1, i64 g0, Scratch& my) {
     // SPAN tokens at a time: their rows of x stay in the L2 cache for all the neurons
     for (int i = 0; i < n; i += SPAN) for (i64 j = j0, nj; j < j1; j += nj) {
         i64 left = (j1 - j + 3) / 4;
         nj = (j1 - j + left - 1) / left;
         auto run = [&](auto* w) {
+            typedef decltype(w) P;
+            auto* f = nj == 4 ? tiles<3, 4, P> : nj == 3 ? tiles<3, 3, P> : nj == 2 ? tiles<3, 2, P> : tiles<3, 1, P>;
             const float* b = job.b_in ? job.b_in + j : nullptr;
-            const int *token = lists.token + i, span = std::min<int>(SPAN, n - i);
-            auto* f = nj == 4 ? tiles<4, decltype(w)> : nj == 3 ? tiles<3, decltype(w)> : nj == 2 ? tiles<2, decltype(w)> : tiles<1, decltype(w)>;
-            f(x, token, span, w, b, job.D, job.act, j - row0, lists);
+            f(x, &my.token[i], std::min<int>(SPAN, n - i), w, b, job.D, job.act, j - g0, my);
         };
         const W* w = job.w_in + j * job.D;
-        if (std::is_same<W, float>::value || n <= 3) run(w);
-        else widen((float*)lists.rows, w, nj * job.D), run((const float*)lists.rows);  // once for all tiles
+        if (sizeof(W) == 4 || n <= 3) run(w);
+        else widen(my.w_in, w, nj * job.D), run((const float*)my.w_in);  // once for all tiles
     }
 }
 
-// y[0 : V vectors] += sum over the list of h * w_out row
-template <int V, class W>
-static inline void outer(float* y, const Unit* unit, int n, const W* w, i64 stride) {
-    vf acc[V];
-    for (int v = 0; v < V; v++) acc[v] = load(y + v * LANES);
+// The strip of a token's output += sum over its list of h * w_out row
+template <class W> static inline void outer(float* sum, const Unit* unit, int n, const W* w, i64 stride, i64 width) {
+    if (width < STRIP) {
+        for (int i = 0; i < n; i++)
+            for (i64 k = 0; k < width; k++) sum[k] += unit[i].h * f32(w[unit[i].row * stride + k]);
+        return;
+    }
+    vf acc[8];
+    for (int v = 0; v < 8; v++) acc[v] = load(sum + v * LANES);
     for (int i = 0; i < n; i++) {
         const W* row = w + unit[i].row * stride;
-        for (int v = 0; v < V; v++) acc[v] += unit[i].h * load(row + v * LANES);
+        for (int v = 0; v < 8; v++) acc[v] += unit[i].h * load(row + v * LANES);
     }
-    for (int v = 0; v < V; v++) *(vu*)(y + v * LANES) = acc[v];
+    for (int v = 0; v < 8; v++) *(vu*)(sum + v * LANES) = acc[v];
 }
 
+// sum (strips, n, STRIP) = the output of neurons f0 .. f1 for the n tokens from t0 on; copy: room for a strip of w_out
 template <class W>
-static void many(const Job<W>& job) {
-    const W *x = job.x, *w_out = job.w_out;  // plain names: clang's OpenMP doesn't capture structured bindings
-    const float* b_out = job.b_out; const uint8_t* mask = job.mask; const int* offsets = job.offsets;
-    W* y = job.y; const i64 T = job.T, D = job.D, E = job.E, threads = job.threads;
+static void experts(const Job<W>& job, i64 t0, i64 n, i64 f0, i64 f1, float* sum, float* copy, Scratch& my) {
+    const i64 D = job.D, E = job.E;
+    const float* x = (const float*)(job.x + t0 * D);
+    if (sizeof(W) < 4) widen(my.x, job.x + t0 * D, n * D), x = my.x;
+    memset(sum, 0, job.strips() * n * STRIP * 4);
+    for (i64 g0 = f0, g1, e = 0; g0 < f1; g0 = g1) {
+        g1 = std::min(g0 + my.group, f1);
+        std::fill(my.counts.begin(), my.counts.end(), 0);
+        while (job.offsets[e + 1] <= g0) e++;
+        for (i64 f = e; f < E && job.offsets[f] < g1; f++) {
+            i64 wanted = 0;
+            for (i64 t = 0; t < n; t++) {
+                my.token[wanted] = t;
+                wanted += job.mask[(t0 + t) * E + f] != 0;
+            }
+            hidden(job, x, wanted, std::max<i64>(job.offsets[f], g0), std::min<i64>(job.offsets[f + 1], g1), g0, my);
+        }
+        if (*std::max_element(my.counts.begin(), my.counts.end()) == 0) continue;
+        for (i64 s = 0; s < job.strips() && copy; s++) {
+            for (i64 j = g0; j < g1; j++)
+                widen(copy + (j - g0) * STRIP, job.w_out + j * D + s * STRIP, std::min<i64>(STRIP, D - s * STRIP));
+            for (i64 t = 0; t < n; t++)
+                outer(sum + (s * n + t) * STRIP, &my.units[t * my.group], my.counts[t], copy, STRIP, STRIP);
+        }
+        for (i64 t = 0; t < n && !copy; t++)  // token by token: few rows at a time, which prefetchers can follow
+            for (i64 s = 0; s < job.strips(); s++)
+                outer(sum + (s * n + t) * STRIP, &my.units[t * my.group], my.counts[t],
+                      job.w_out + g0 * D + s * STRIP, D, std::min<i64>(STRIP, D - s * STRIP));
+    }
+}
+
+// y of the t-th of n tokens = b_out + the sums (chunks, strips, n, STRIP) over all chunks
+template <class W> static void finish(const Job<W>& job, float* sums, i64 chunks, i64 n, i64 t, W* y) {
+    for (i64 s = 0; s < job.strips(); s++) {
+        i64 d = s * STRIP, width = std::min<i64>(STRIP, job.D - d);
+        float* sum = sums + (s * n + t) * STRIP;
+        for (i64 c = 1; c < chunks; c++)
+            for (i64 k = 0; k < STRIP; k++) sum[k] += sum[c * job.strips() * n * STRIP + k];
+        for (i64 k = 0; k < width; k++) store(y + d + k, sum[k] + (job.b_out ? job.b_out[d + k] : 0));
+    }
+}
+
+template <class W> static void many(const Job<W>& job) {
     // Blocks: a multiple of the threads in number; 256 tokens where x and y then fit the L2 cache, else 512, since
     // a block reads all the weights. A token's result doesn't depend on its block.
-    i64 F = offsets[E], strips = (D + STRIP - 1) / STRIP, limit = D > 256 ? 512 : 256, blocks = (T + limit - 1) / limit;
-    blocks = (blocks + threads - 1) / threads * threads;
+    i64 T = job.T, D = job.D, limit = D > 256 ? 512 : 256, blocks = (T + limit - 1) / limit;
+    blocks = (blocks + job.threads - 1) / job.threads * job.threads;
     i64 block = std::max<i64>((T + blocks - 1) / blocks, 16);
-    blocks = (T + block - 1) / block;
-    #pragma omp parallel num_threads(threads)
+    #pragma omp parallel num_threads(job.threads)
     {
-        Buffer xb(block * D * 4), yb(strips * block * STRIP * 4), wb(GROUP * STRIP * 4);  // yb (strips, block, STRIP)
-        memset(wb.p, 0, GROUP * STRIP * 4);
-        Lists lists(block, D);
+        Scratch my(block, D, GROUP);
+        Buffer sum(job.strips() * block * STRIP), copy(GROUP * STRIP);
         #pragma omp for schedule(dynamic)
-        for (i64 i = 0; i < blocks; i++) {
-            i64 t0 = i * block, n = std::min(block, T - t0), e = 0;
-            const float* xs = (const float*)(x + t0 * D);
-            if (!std::is_same<W, float>::value) widen((float*)xb, x + t0 * D, n * D), xs = xb;
-            memset(yb.p, 0, strips * block * STRIP * 4);
-            for (i64 g0 = 0; g0 < F; g0 += GROUP) {
-                i64 g1 = std::min<i64>(g0 + GROUP, F), alive = 0;
-                memset(lists.count, 0, n * 4);
-                while (offsets[e + 1] <= g0) e++;
-                for (i64 f = e; f < E && offsets[f] < g1; f++) {
-                    i64 j0 = std::max<i64>(offsets[f], g0), j1 = std::min<i64>(offsets[f + 1], g1);
-                    if (j0 < j1) hidden(job, xs, lists.who(mask + t0 * E + f, n, E), j0, j1, g0, lists);
-                }
-                for (i64 t = 0; t < n; t++) alive += lists.count[t];
-                for (i64 s = 0; s < strips && alive; s++) {
-                    float* ys = yb + s * block * STRIP;
-                    for (i64 j = g0; j < g1; j++)
-                        widen(wb + (j - g0) * STRIP, w_out + j * D + s * STRIP, std::min<i64>(STRIP, D - s * STRIP));
-                    for (i64 t = 0; t < n; t++)
-                        outer<8>(ys + t * STRIP, lists.unit + t * GROUP, lists.count[t], (float*)wb, STRIP);
-                }
-            }
-            for (i64 t = 0; t < n; t++)
-                for (i64 s = 0; s < strips; s++) {
-                    const float* ys = yb + (s * block + t) * STRIP;
-                    for (i64 d = s * STRIP; d < std::min<i64>(D, s * STRIP + STRIP); d++)
-                        store(y + (t0 + t) * D + d, ys[d - s * STRIP] + (b_out ? b_out[d] : 0));
-                }
+        for (i64 t0 = 0; t0 < T; t0 += block) {
+            i64 n = std::min(block, T - t0);
+            experts(job, t0, n, 0, job.offsets[job.E], sum, copy, my);
+            for (i64 t = 0; t < n; t++) finish(job, sum, 1, n, t, job.y + (t0 + t) * D);
         }
     }
 }
 
-template <class W>
-static void few(const Job<W>& job) {
-    const W *x = job.x, *w_out = job.w_out;
-    const float* b_out = job.b_out; const uint8_t* mask = job.mask; const int* offsets = job.offsets;
-    W* y = job.y; const i64 T = job.T, D = job.D, E = job.E, threads = job.threads;
-    // Work: the slices of at most PIECE neurons of the experts that some token wants, in CHUNKS equal shares
-    std::vector<std::array<int, 3>> pieces;  // expert, first neuron, last + 1
+template <class W> static void few(const Job<W>& job) {
+    // Chunks: of equal numbers of wanted neurons
+    i64 T = job.T, D = job.D, E = job.E, size = job.strips() * T * STRIP;
+    std::vector<int> wanted;
     for (i64 e = 0; e < E; e++) {
-        bool wanted = false;
-        for (i64 t = 0; t < T; t++) wanted |= mask[t * E + e];
-        for (int j = offsets[e]; wanted && j < offsets[e + 1]; j += PIECE)
-            pieces.push_back({(int)e, j, std::min<int>(j + PIECE, offsets[e + 1])});
+        bool any = false;
+        for (i64 t = 0; t < T; t++) any |= job.mask[t * E + e];
+        for (int j = job.offsets[e]; any && j < job.offsets[e + 1]; j++) wanted.push_back(j);
     }
-    i64 P = pieces.size(), chunks = std::min<i64>(CHUNKS, P);
-    Buffer xb(T * D * 4), partial(chunks * T * D * 4);  // partial (chunks, T, D)
-    widen((float*)xb, x, T * D);
-    #pragma omp parallel num_threads(threads)
+    i64 P = wanted.size(), chunks = std::clamp<i64>(P / 16, 1, std::clamp<i64>(64 / T, 4, 24));
+    std::vector<int> bounds(chunks + 1, job.offsets[E]);
+    for (i64 c = 0; c < chunks && P; c++) bounds[c] = wanted[c * P / chunks / 4 * 4];  // whole tiles
+    Buffer sums(chunks * size);
+    #pragma omp parallel num_threads(job.threads)
     {
-        Lists lists(T, D);
+        Scratch my(T, D, std::max<i64>(GROUP, 1024 / T));
         #pragma omp for schedule(dynamic)
-        for (i64 c = 0; c < chunks; c++) {
-            float* sum = partial + c * T * D;
-            memset(sum, 0, T * D * 4);
-            memset(lists.count, 0, T * 4);
-            i64 begin = c * P / chunks, end = (c + 1) * P / chunks;
-            for (i64 p = begin, held = 0; p < end; p++) {
-                auto [e, j0, j1] = pieces[p];
-                hidden(job, (float*)xb, lists.who(mask + e, T, E), j0, j1, 0, lists);
-                held += j1 - j0;
-                if (p + 1 < end && held + PIECE <= GROUP) continue;
-                for (i64 t = 0; t < T; t++) {
-                    const Unit* unit = lists.unit + t * GROUP;
-                    i64 d = 0;
-                    for (; d + STRIP <= D; d += STRIP) outer<8>(sum + t * D + d, unit, lists.count[t], w_out + d, D);
-                    for (; d + LANES <= D; d += LANES) outer<1>(sum + t * D + d, unit, lists.count[t], w_out + d, D);
-                    for (; d < D; d++)
-                        for (int i = 0; i < lists.count[t]; i++) sum[t * D + d] += unit[i].h * f32(w_out[unit[i].row * D + d]);
-                    lists.count[t] = 0;
-                }
-                held = 0;
-            }
-        }
+        for (i64 c = 0; c < chunks; c++) experts(job, 0, T, bounds[c], bounds[c + 1], sums + c * size, nullptr, my);
         #pragma omp for
-        for (i64 i = 0; i < T * D; i += STRIP) {
-            i64 n = std::min<i64>(STRIP, T * D - i);
-            float total[STRIP];
-            for (i64 k = 0; k < n; k++) total[k] = b_out ? b_out[(i + k) % D] : 0;
-            for (i64 c = 0; c < chunks; c++)
-                for (i64 k = 0; k < n; k++) total[k] += partial[c * T * D + i + k];
-            for (i64 k = 0; k < n; k++) store(y + i + k, total[k]);
-        }
+        for (i64 t = 0; t < T; t++) finish(job, sums, chunks, T, t, job.y + t * D);
     }
 }
 
-extern "C" {
-void few_f32(const Job<float>& job) { few(job); }
-void few_bf16(const Job<bf16>& job) { few(job); }
-void many_f32(const Job<float>& job) { many(job); }
-void many_bf16(const Job<bf16>& job) { many(job); }
+extern "C" void run(const void* job, int narrow, int is_few) {
+    auto call = [&](auto* job) { is_few ? few(*job) : many(*job); };
+    narrow ? call((const Job<bf16>*)job) : call((const Job<float>*)job);
 }
 '''
 

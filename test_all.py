@@ -296,7 +296,7 @@ def test_compile_without_graph_breaks():
         f = torch.compile(lambda x, m: kernel.expert_mlp(x, m, *args[2:], rho=0.3) * 2, fullgraph=True, backend='aot_eager')
         with torch.no_grad():
             assert torch.allclose(f(*args[:2]), 2 * fp64(*args).float(), atol=1e-4)
-    torch.library.opcheck(kernel.cpp_op, layer(5, [8] * 4, 16), test_utils=('test_schema', 'test_faketensor'))
+    torch.library.opcheck(kernel.experts_op, (*layer(5, [8] * 4, 16), 'cpp', None), test_utils=('test_schema', 'test_faketensor'))
 
 
 def test_linear_is_linear():

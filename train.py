@@ -138,7 +138,8 @@ def cast(name, value, kind):
     try:
         value = words[value] if kind is bool else kind(value)
     except (ValueError, KeyError):
-        raise BadInput(f'--{name}={value}: must be {"0 or 1" if kind is bool else "of type " + kind.__name__}') from None
+        raise BadInput(f'--{name}={value}: must be {"0 or 1" if kind is bool else "of type " + kind.__name__}') \
+            from None
     if name in CHOICES and value not in CHOICES[name]:
         raise BadInput(f'--{name}={value}: must be one of {", ".join(c for c in CHOICES[name] if c)}')
     return value
@@ -617,6 +618,13 @@ def evaluation(o, typed, say=print):
     results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), zeros=zeros, rows=rows)
     write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
     bench.print_sweep(rows, zeros, say)
+    if row := next((r for (name, _), r in bench.picked(rows).items() if name in models), None):
+        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
+        with torch.no_grad():
+            model(**prefill, tap=tap)
+        masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
+        write_atomically(path('routing.pt'), functools.partial(       # for python bench.py --routing
+            torch.save, dict(masks=masks, D=o.n_embd, F=model.ffns()[0].w_in.shape[0])))
     say(f'\n{path("results.json")} has every row' + bench.plot_sweep(rows, path('results.png')))
     return results
 
