@@ -64,15 +64,14 @@ GRID = dict(dynk=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), threshold=(0.02, 0.05, 
 
 @torch.no_grad()
 def evaluate(model, batches, task_loss):
-    """Of every batch the loss (n,), the share of neurons run and that of exact zeros in each MLP (n, MLPs)."""
-    losses, shares, zeros = [], [], []
+    """Of every batch the loss (n,) and the share of neurons run in each MLP (n, MLPs); and the last batch's tap."""
+    losses, shares = [], []
     for batch in batches:
         tap = []
         losses.append(task_loss(model, batch, tap))
         shares.append([1.0 if t['mask'] is None else (t['mask'].float().mean(0) @ mlp.offsets.diff().float()).item()
                        / mlp.w_in.shape[0] for t, mlp in zip(tap, model.mlps())])
-        zeros.append([s['zeros'] for s in sparsify.statistics(tap)])
-    return torch.stack(losses).cpu(), torch.tensor(shares), torch.tensor(zeros)
+    return torch.stack(losses).cpu(), torch.tensor(shares), tap
 
 
 def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
@@ -80,7 +79,7 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
 
     models: {'dense', 'sparse', and a router loss for each converted one}. Every second batch is reported, the
     others are there to pick tau by ('loss_pick'). Each row is timed in turn with dense on `prefill`.
-    Returns the rows and the share of exact zeros in each MLP of the sparse model.
+    Returns the rows and the share of exact zeros in each MLP of the sparse model (over the last batch).
     """
     routed = [name for name in models if name in router.LOSSES]
     todo = [('dense', '', None), ('sparse', '', None)]
@@ -92,7 +91,7 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
     for i, (name, rule, tau) in enumerate(todo):
         model = models[routed[0] if name == 'oracle' else name]
         model.set_rule(rule, tau or 0.0, oracle=name == 'oracle')
-        losses, shares, zero = evaluate(model, batches, task_loss)
+        losses, shares, tap = evaluate(model, batches, task_loss)
         rho = shares[report].mean(0).tolist()
         cost = model.flops(seq_len, rho if rule else None)
         if name == 'oracle':                                     # a ceiling: it costs nothing, and cannot be timed
@@ -114,11 +113,12 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
             speedup=1.0 if name == 'dense' else seconds and base / seconds))
         rows[i]['delta'] = rows[i]['loss'] / rows[0]['loss'] - 1
         rows[i]['delta_sparse'] = rows[i]['loss'] / rows[min(i, 1)]['loss'] - 1
-        zeros = zero if name == 'sparse' else zeros
+        if name == 'sparse':
+            zeros = [s['zeros'] for s in sparsify.statistics(tap)]
         if i % 5 == 4:
             left = (time.time() - began) / (i + 1) * (len(todo) - i - 1)
             say(f'eval    {i + 1}/{len(todo)}  {left:.0f} s left', flush=True)
-    return rows, zeros.mean(0).tolist()
+    return rows, zeros
 
 
 def print_sweep(rows, zeros, say=print):

@@ -72,14 +72,14 @@ class Options:
     grad_accum: int = 1              # micro-steps a step
     learning_rate: float = 2e-3      # of the base; cosine to a tenth, warm-up over 5 %
     finetune_lr: float = 1e-3        # of dense and sparsify
-    router_lr: float = 3e-3
+    router_lr: float = 5e-3
     weight_decay: float = 0.1        # on matrices only
-    base_steps: int = 450
+    base_steps: int = 400
     sparsify_steps: int = 150        # of dense, too
-    router_steps: int = 200
+    router_steps: int = 300
     # the method
     sparsity_loss: str = 'l1'        # hoyer, l1; gelu_clamp keeps GELU
-    sparsity_weight: float = 3e-3
+    sparsity_weight: float = 2e-3
     sparsity_ramp: float = 0.5       # share of the run over which the weight rises
     n_experts: int = 128
     expert_size: int = 0             # neurons an expert, instead of n_experts
@@ -89,7 +89,7 @@ class Options:
     # evaluation and sampling
     rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
     tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
-    eval_batches: int = 12           # of batch_size held-out sequences; the first half picks tau
+    eval_batches: int = 8            # of batch_size held-out sequences; the first half picks tau
     prompt: str = '\n'
     n_tokens: int = 300              # to sample
     temperature: float = 0.8
