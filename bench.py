@@ -59,7 +59,7 @@ def in_turn(jobs, rounds, warmup=1):
 # ---------------------------------------------------------------------------------------------- loss and FLOPs
 
 GRID = dict(dynk=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-            topk=(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
+            topk=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
             for mlp, share in zip(model.mlps(), rho):
                 mlp.rho = share
             with torch.inference_mode():
-                base, seconds = in_turn([lambda: dense(**prefill), lambda: model(**prefill)], rounds=4)
+                base, seconds = in_turn([lambda: dense(**prefill), lambda: model(**prefill)], rounds=3)
         total, sizes = dense.flops(seq_len)['total'], [mlp.w_in.shape[0] for mlp in model.mlps()]
         rows.append(dict(
             method='d2dmoe' if rule else name, router_loss=name if rule else None, rule=rule or None, tau=tau,
@@ -352,7 +352,8 @@ def linearity(o, device, D, n_hidden, T=4096, s=24):
     r2 = np.corrcoef(shares, times[1:])[0, 1] ** 2
     say(f'T {T}, experts of {s}: time = {start / times[0]:.3f} + {slope / times[0]:.3f} rho of dense, R^2 = {r2:.4f}')
     return [dict(suite='linearity', T=T, D=D, F=n_hidden, expert_size=s, rho=rho, dtype='float32',
-                 impl=o.impl or 'auto', ms=1e3 * t, dense_ms=dict(linear=1e3 * times[0]), speedup=times[0] / t, r2=float(r2))
+                 impl=o.impl or 'auto', ms=1e3 * t, dense_ms=dict(linear=1e3 * times[0]),
+                 speedup=times[0] / t, r2=float(r2))
             for rho, t in zip(shares, times[1:])]
 
 
@@ -541,13 +542,19 @@ def resources(binary, target):
     return registers, spills, stack, binary.metadata.shared, {kind: n for kind, n in counts.items() if n}
 
 
+GPUS = {  # FLOP/s of dense and of experts by bytes an element (fp32 plain; tf32 / 3), bytes/s of HBM, of L2 (assumed)
+    'cuda:80': ('A100', {2: (312e12, 312e12), 4: (19.5e12, 52e12)}, 2.0e12, 4.0e12),
+    'cuda:90': ('H100', {2: (989e12, 989e12), 4: (67e12, 165e12)}, 3.35e12, 5.5e12),
+}
+
+
 def roofline(tile, target, T, D, E, s, size, rho):
     """-> bytes through L2 and FLOPs per (token, expert) pair, the most this tile can gain over a dense MLP
     running at its peak, and what stops it. Optimistic: no padded tokens, no latency, adds cost a store."""
     BM, SB = tile[:2]
     items = kernel.triton.cdiv(s, SB)            # an expert is that many items wide; each gathers x and adds to y
     pair_bytes, pair_flops = D * (items * (size + 4) + 2 * s * size / BM), 4 * D * items * SB
-    _, peaks, hbm, l2 = kernel.GPUS.get(target, kernel.GPUS['cuda:80'])
+    _, peaks, hbm, l2 = GPUS.get(target, GPUS['cuda:80'])
     once = 2 * D * size * (T + E * s) / hbm                      # x, y and the weights
     dense = max(4 * T * E * s * D / peaks[size][0], once)
     touched = min(1.0, T * rho)                                  # of the weights, by few tokens
@@ -606,7 +613,7 @@ def main():
     suites = dict(layer=layer_suite, decode=decode_suite, model=model_suite, peers=peers_suite)
     parser = argparse.ArgumentParser(description='Wall-clock of routed MLPs against the fastest dense ones, as ratios '
                                      'within one run.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--suite', choices=suites, default='layer', help='one layer; a GPT-2 decoding or in prefill; peers')
+    parser.add_argument('--suite', choices=suites, default='layer', help='a layer, a GPT-2, or peers')
     parser.add_argument('--impl', choices=('cpp', 'triton', 'torch', 'dense'), help='force an implementation')
     parser.add_argument('--routing', metavar='FILE', help="masks of a trained model (train.py's routing.pt) to replay")
     parser.add_argument('--json', metavar='FILE', help='write a JSON line for each row')

@@ -39,6 +39,7 @@ try:
 except ImportError:                  # macOS has no wheel: the GPU kernels stay plain functions that nobody calls
     triton, tl = None, SimpleNamespace(constexpr=None)
 
+FEW = 16                             # tokens up to which reading the weights bounds an MLP, not arithmetic
 ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu, 'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}
 
 
@@ -80,10 +81,12 @@ def choose(x, mask, w_in, act, rho):
     if x.is_cuda:
         if triton is None:
             return 'dense'
-        # On a GPU small experts are bound by moving tokens in and out, not by arithmetic: a bf16 layer of an
-        # H100 gains from 128 neurons an expert on. `gain` is the model behind the table of `python kernel.py`;
-        # it was never checked on a GPU.
-        return 'triton' if gain(x, mask.shape[1], w_in.shape[0], rho or 0.25) > 1 else 'dense'
+        # Many tokens of small experts are bound by moving x in and y out, at s / rho FLOPs a byte: the roofline of
+        # `python kernel.py` (never checked on a GPU) gains over dense in bf16 from s > 222 rho on an A100 and
+        # s > 512 rho on an H100, in fp32 from s > 32 rho. Few tokens only read the weights they need.
+        s, hopper = w_in.shape[0] / mask.shape[1], machine(x.device)[0] == 'cuda:90'
+        limit = 1.0 if x.shape[0] <= FEW else s / 32 if x.element_size() == 4 else s / 512 if hopper else s / 222
+        return 'triton' if (rho or 0.25) < min(limit, 0.8) else 'dense'
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or not have_cpp():
         return 'dense' if x.device.type == 'mps' else 'torch'
     # `python bench.py --impl=cpp`: at rho = 1 the kernel reaches 1.0 to 1.1 of dense for T > 16, because the zeros
@@ -172,10 +175,9 @@ def expert_loop(x, mask, w_in, b_in, w_out, b_out, offsets, act):
 #     h          = act(x[tokens] @ w_in[neurons].T + b_in)      (BM, SB), stays in registers
 #     y[tokens] += h @ w_out[neurons]                           atomically, a few columns at a time
 #
-# so no (E, T, D) buffer exists, and neither does (T, F). x and y travel once per item, not once per layer: that
-# traffic, not the arithmetic, bounds small experts. Hence tokens come in chunks whose rows of x and y stay in
-# the L2 cache, all experts of a chunk run before the next chunk starts, and an item takes up to 128 neurons
-# (64 in fp32), more than the experts one meets.
+# so no (E, T, D) buffer exists, and neither does (T, F). x and y travel once per item: that traffic bounds small
+# experts. Hence tokens come in chunks whose rows of x and y stay in the L2 cache, all experts of a chunk run before
+# the next chunk starts, and an item takes up to 128 neurons (64 in fp32), more than the experts one meets.
 #
 # The mask never travels to the host. `dispatch_kernel` turns it into lists of tokens on the device, and the grid
 # of `expert_kernel` has a fixed size whose programs share out the items they find. So a call can be captured in
@@ -183,10 +185,9 @@ def expert_loop(x, mask, w_in, b_in, w_out, b_out, offsets, act):
 
 INTERPRET = os.environ.get('TRITON_INTERPRET') == '1'
 CHUNK_ELEMENTS = 1 << 22  # of x in a chunk of tokens: with y 25 MB in bf16, 34 in fp32; an A100 caches 40, an H100 50
-FEW_TOKENS = 16
 
 # Tiles (BM tokens, SB neurons, BK and BN columns of D in the two loops, warps, stages), largest first, by
-# target and bytes per element. All of them run on tensor cores without a spill: `python kernel_triton.py`.
+# target and bytes per element. All of them run on tensor cores without a spill: `python kernel.py`.
 # h in registers limits BM x SB; fp32, three tf32 products of operands twice the size, stops at SB = 64. Where
 # adds are not vectors (sm_80), or an activation needs room beside h (gelu_tanh on sm_90), BN has to be small.
 TILES = {
@@ -344,10 +345,6 @@ def decode_options(D):
     return dict(BD=BD, NB=max(1, 4096 // BD), num_warps=min(16, max(4, BD // 1024)))
 
 
-def chunk_length(D):
-    return max(128, 1 << (CHUNK_ELEMENTS // D).bit_length() - 1)
-
-
 def choose_tile(tiles, tokens, E, s, chunks, processors):
     """The largest tile, as it reads the least, that is not mostly padding and keeps half the processors busy
     (these can ask for all that L2 delivers); and how many items it makes of E experts of s neurons."""
@@ -378,13 +375,13 @@ def triton_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, rho=None)
     with torch.cuda.device_of(x):
         # One by one, tokens read their weights again (from L2): as long as that is a few times, it is
         # cheaper than to launch the dispatch.
-        if T == 1 or (T <= FEW_TOKENS and T * rho <= 4):
+        if T == 1 or (T <= FEW and T * rho <= 4):
             few = decode_options(D)
             decode_kernel[T, triton.cdiv(F, few['NB'])](x, mask, w_in, b_in, w_out, offsets, y, E, D,
                                                         ACT=act, BE=BE, **few, **options)
             return y.to(x.dtype)
 
-        CHUNK = chunk_length(D)
+        CHUNK = max(128, 1 << (CHUNK_ELEMENTS // D).bit_length() - 1)                   # a power of two
         chunks, length = triton.cdiv(T, CHUNK), min(triton.cdiv(T, 16) * 16, CHUNK)
         idx = torch.empty(chunks, E, length, dtype=torch.int32, device=x.device)
         count = torch.zeros(chunks, E, dtype=torch.int32, device=x.device)
@@ -401,27 +398,8 @@ def triton_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, rho=None)
     return y.to(x.dtype)
 
 
-GPUS = {  # FLOP/s of dense and of experts by bytes an element (fp32 plain; tf32 / 3), bytes/s of HBM, of L2 (assumed)
-    'cuda:80': ('A100', {2: (312e12, 312e12), 4: (19.5e12, 52e12)}, 2.0e12, 4.0e12),
-    'cuda:90': ('H100', {2: (989e12, 989e12), 4: (67e12, 165e12)}, 3.35e12, 5.5e12),
-}
-
-
-def gain(x, E, n_hidden, rho):
-    """What `choose` may expect: time of dense at its peak over time of experts that move x in and y out through L2.
-
-    The model of bench.roofline for many tokens, less its smaller terms; few tokens only read their weights.
-    """
-    (T, D), size, target, s = x.shape, x.element_size(), machine(x.device)[0], triton.cdiv(n_hidden, E)
-    _, peaks, _, l2 = GPUS.get(target, GPUS['cuda:80'])
-    dense, experts = peaks[size]
-    pair = max(D * triton.cdiv(s, 128 if size == 2 else 64) * (size + 4) / l2, 4 * D * s / experts)
-    return 1.25 / rho if T <= FEW_TOKENS else 4 * D * s / dense / (rho * pair)
-
-
 # ---------------------------------------------------------------------------------------------- C++
 
-FEW = 16                     # tokens up to which the path bound by memory is taken
 ACTS = ['relu', 'gelu', 'gelu_tanh']
 FLAGS = ['-O3', '-march=native', '-std=c++17', '-shared', '-fPIC']
 PID = os.getpid()

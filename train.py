@@ -75,8 +75,8 @@ class Options:
     router_lr: float = 5e-3
     weight_decay: float = 0.1        # on matrices only
     base_steps: int = 400
-    sparsify_steps: int = 150        # of dense, too
-    router_steps: int = 300
+    sparsify_steps: int = 130        # of dense, too
+    router_steps: int = 280
     # the method
     sparsity_loss: str = 'l1'        # hoyer, l1; gelu_clamp keeps GELU
     sparsity_weight: float = 2e-3
@@ -167,7 +167,7 @@ def check(o):
         raise BadInput(f'--expert_size={o.expert_size}: must be between 1 and the {4 * o.n_embd} neurons of an FFN')
     if not o.expert_size and o.n_experts > 4 * o.n_embd:
         raise BadInput(f'--n_experts={o.n_experts}: more experts than the {4 * o.n_embd} neurons of an FFN')
-    if o.device == 'cuda' and not torch.cuda.is_available() or o.device == 'mps' and not torch.mps.is_available():
+    if not dict(cuda=torch.cuda, mps=torch.backends.mps).get(o.device, torch.cpu).is_available():
         raise BadInput(f'--device={o.device}: torch {torch.__version__} finds none here; try --device=auto')
 
 
@@ -521,7 +521,7 @@ def new_model(o, vocab_size):
 def pick_device(o):
     if o.device != 'auto':
         return o.device
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.mps.is_available() else 'cpu'
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def train(phase, model, o, corpus, device, record, path, start, steps, own, say):
