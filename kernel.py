@@ -114,12 +114,18 @@ def onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 
+def in_fp32(x, weight, bias=None):
+    """For half precision on CPUs without units for it, where F.linear is slower than converting everything."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
 @functools.cache
 def fastest_linear(rows, shape, contiguous, dtype):
-    """F.linear (MKL in fp32) or oneDNN, whichever is faster for 2^rows / 2 tokens and this weight."""
+    """F.linear (MKL in fp32), oneDNN or a detour by fp32: what is fastest for 2^rows / 2 tokens and this weight."""
     weight = torch.randn(shape).to(dtype) if contiguous else torch.randn(shape[::-1]).to(dtype).T
     x, best = torch.randn(max(1, 1 << rows - 1), shape[1]).to(dtype), {}
-    for f in (F.linear, onednn) * 4:                             # in turn; the first round warms up
+    jobs = (F.linear, onednn) if dtype == torch.float32 else (F.linear, onednn, in_fp32)
+    for f in jobs * 4:                                           # in turn; the first round warms up
         try:
             start = time.perf_counter()
             f(x, weight)
