@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import kernel
 import router
 import sparsify
-from model import BadInput, Config, Transformer
+from model import BadInput, Config, Transformer, write_atomically
 
 say = functools.partial(print, flush=True)
 
@@ -146,6 +147,21 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
             left = (time.time() - began) / (i + 1) * (len(todo) - i - 1)
             say(f'eval    {i + 1}/{len(todo)}  {left:.0f} s left', flush=True)
     return rows, zeros
+
+
+def report(models, results, inputs, folder, say=print):
+    """Print the table; results.json and its picture, and the masks of `inputs` for --routing, go into `folder`."""
+    rows, path = results['rows'], functools.partial(os.path.join, folder)
+    write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
+    print_sweep(rows, results['zeros'], say)
+    if row := next((r for (name, _), r in picked(rows).items() if name in models), None):
+        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
+        with torch.no_grad():
+            model(**inputs, tap=tap)
+        masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
+        facts = dict(masks=masks, D=model.config.n_embd, F=model.config.n_hidden)
+        write_atomically(path('routing.pt'), functools.partial(torch.save, facts))
+    say(f'\n{path("results.json")} has every row' + plot_sweep(rows, path('results.png')))
 
 
 def print_sweep(rows, zeros, say=print):

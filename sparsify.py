@@ -95,7 +95,6 @@ def replace_projections(model, names):
         for name in names:
             setattr(block.attn, name, MLP(D, projection_width(D), 'relu').to(model.wte.weight.device))
     model.config.projections = names
-    return model
 
 
 class Watched(nn.Module):

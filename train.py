@@ -43,8 +43,7 @@ import moefy
 import router
 import sparsify
 from kernel import ACTIVATIONS
-from model import (BadInput, Config, Transformer, build, fetch, from_pretrained, read_checkpoint, save,
-                   write_atomically)
+from model import BadInput, Config, Transformer, build, fetch, from_pretrained, read_checkpoint, save
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -446,25 +445,17 @@ def get_batch(corpus, o, device, step, phase):
     return to_batch(corpus.train, at, o.block_size, corpus.vocab_size, device)
 
 
-def held_out(corpus, o, device):
-    """The fixed evaluation set: eval_batches x batch_size sequences, evenly spread over the held-out part."""
+def held_out(corpus, o, device, n=None, size=None):
+    """`n` held-out sequences (eval_batches x batch_size), evenly spread, in batches of `size`; texts by length."""
+    n, size = n or o.eval_batches * o.batch_size, size or o.batch_size
     if corpus.classes:
-        n = min(o.eval_batches * o.batch_size, len(corpus.val))
+        n = min(n, len(corpus.val))
         at = by_length(corpus.val, np.linspace(0, len(corpus.val) - 1, n).astype(int))
-        return [pad_batch(corpus.val, a, device) for a in np.array_split(at, -(-n // o.batch_size))]
-    n = min(o.eval_batches * o.batch_size, max(1, (len(corpus.val) - 1) // o.block_size))
+        return [pad_batch(corpus.val, a, device) for a in np.array_split(at, math.ceil(n / size))]
+    n = min(n, max(1, (len(corpus.val) - 1) // o.block_size))
     at = np.linspace(0, len(corpus.val) - o.block_size - 1, n).astype(int)
     return [to_batch(corpus.val, a, o.block_size, corpus.vocab_size, device)
-            for a in np.array_split(at, max(1, n // o.batch_size))]
-
-
-def timing_inputs(corpus, o, device):
-    """What whole models are timed on: 16 blocks at once, or 128 texts in batches of 32 of like lengths."""
-    if corpus.classes:
-        at = by_length(corpus.val, np.linspace(0, len(corpus.val) - 1, min(128, len(corpus.val))).astype(int))
-        return [pad_batch(corpus.val, a, device)[0] for a in np.split(at, range(32, len(at), 32))]
-    spread = np.linspace(0, len(corpus.val) - o.block_size - 1, 16).astype(int)
-    return [to_batch(corpus.val, spread, o.block_size, corpus.vocab_size, device)[0]]
+            for a in np.array_split(at, max(1, n // size))]
 
 
 def by_length(texts, at):
@@ -473,11 +464,11 @@ def by_length(texts, at):
 
 def pad_batch(texts, at, device):
     """(what model.encode takes, each (B, L)), the classes (B,)): the padding is never run."""
-    lengths = torch.tensor([len(texts[i][0]) for i in at])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids, classes = zip(*(texts[i] for i in at))
+    mask = torch.arange(max(map(len, ids))) < torch.tensor([len(i) for i in ids])[:, None]
     idx = torch.zeros(mask.shape, dtype=torch.long)
-    idx[mask] = torch.from_numpy(np.concatenate([texts[i][0] for i in at]).astype(np.int64))
-    return dict(idx=idx.to(device), attention_mask=mask.to(device)), torch.tensor([texts[i][1] for i in at]).to(device)
+    idx[mask] = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+    return dict(idx=idx.to(device), attention_mask=mask.to(device)), torch.tensor(classes, device=device)
 
 
 def to_batch(tokens, at, length, vocab_size, device):
@@ -506,73 +497,54 @@ class Phase(NamedTuple):
     file: str
     steps: Optional[str]              # names of options
     lr: Optional[str]
-    make: Callable                    # (model, options, say) -> what to remember: the change made once, in place
+    make: Optional[Callable]          # (model, options, say): the change made once, in place -> what to remember
     learn: Optional[Callable]         # (model, options, the input's checkpoint) -> parameters that learn,
                                       # loss_fn(batch, progress) -> loss, log; and perhaps report(batches) -> metrics
     depends: tuple                    # options that change its result
-
-
-def make_nothing(model, o, say):
-    return {}
 
 
 def learn_task(model, o, parent):
     return model.parameters(), lambda batch, progress: (task_loss(model, batch), {})
 
 
-def make_attn(model, o, say):
-    sparsify.replace_projections(model, o.attn_projections)
-    return {}
+def make_sparsify(model, o, say):
+    if o.sparsity_loss != 'gelu_clamp' and model.config.activation != 'relu':
+        say(f'{model.config.activation} becomes relu')
+        sparsify.relufy(model)
 
 
 def learn_attn(model, o, parent):
     return sparsify.learn_projections(model, build(parent).to(model.wte.weight.device))
 
 
-def make_sparsify(model, o, say):
-    if o.sparsity_loss != 'gelu_clamp' and model.config.activation != 'relu':
-        say(f'{model.config.activation} becomes relu')
-        sparsify.relufy(model)
-    return {}
-
-
 def learn_sparsify(model, o, parent):
     return sparsify.learn(model, task_loss, o.sparsity_loss, o.sparsity_weight, o.sparsity_ramp)
 
 
-def make_moefy(model, o, say):
-    return moefy.split_model(model, o.n_experts, o.expert_size, o.split, o.seed, say)
-
-
-def make_router(loss, model, o, say):
-    model.add_routers(loss, o.router_width)
-    return {}
-
-
-def learn_router(model, o, parent):
-    return router.learn(model)
+def router_phase(loss):
+    return Phase('router', 'moefy', 'd2dmoe.pt' if loss == 'norm' else f'd2dmoe-{loss}.pt', 'router_steps', 'router_lr',
+                 lambda model, o, say: model.add_routers(loss, o.router_width),
+                 lambda model, o, parent: router.learn(model), (*LOOP, 'router_lr', 'router_steps', 'router_width'))
 
 
 SAVE_EVERY = 60                     # seconds between checkpoints of a running phase
 LOOP = ('seed', 'batch_size', 'grad_accum', 'weight_decay')
 PHASES = [
-    Phase('base', None, 'base.pt', 'base_steps', 'learning_rate', make_nothing, learn_task,
+    Phase('base', None, 'base.pt', 'base_steps', 'learning_rate', None, learn_task,
           (*LOOP, 'data', 'val', 'tokenizer', 'arch', 'init_from', 'n_layer', 'n_head', 'n_embd', 'block_size',
            'activation', 'dropout', 'learning_rate', 'base_steps')),
-    Phase('dense', 'base', 'dense.pt', 'sparsify_steps', 'finetune_lr', make_nothing, learn_task,
+    Phase('dense', 'base', 'dense.pt', 'sparsify_steps', 'finetune_lr', None, learn_task,
           (*LOOP, 'finetune_lr', 'sparsify_steps')),
-    Phase('attn', 'base', 'attn.pt', 'attn_steps', 'attn_lr', make_attn, learn_attn,
+    Phase('attn', 'base', 'attn.pt', 'attn_steps', 'attn_lr',
+          lambda model, o, say: sparsify.replace_projections(model, o.attn_projections), learn_attn,
           (*LOOP, 'attn_projections', 'attn_steps', 'attn_lr')),
     Phase('sparsify', 'base', 'sparse.pt', 'sparsify_steps', 'finetune_lr', make_sparsify, learn_sparsify,
           (*LOOP, 'finetune_lr', 'sparsify_steps', 'sparsity_loss', 'sparsity_weight', 'sparsity_ramp')),
-    Phase('moefy', 'sparsify', 'moe.pt', None, None, make_moefy, None,
+    Phase('moefy', 'sparsify', 'moe.pt', None, None,
+          lambda model, o, say: moefy.split_model(model, o.n_experts, o.expert_size, o.split, o.seed, say), None,
           ('seed', 'n_experts', 'expert_size', 'split')),
-    *(Phase('router', 'moefy', 'd2dmoe.pt' if loss == 'norm' else f'd2dmoe-{loss}.pt', 'router_steps', 'router_lr',
-            functools.partial(make_router, loss), learn_router,
-            (*LOOP, 'router_lr', 'router_steps', 'router_width')) for loss in router.LOSSES),
+    *map(router_phase, router.LOSSES),
 ]
-
-
 READ_ONLY = Phase('eval', None, '', None, None, None, None, LOOP)
 
 
@@ -583,9 +555,7 @@ def wanted(name, o):
 
 
 def file_hash(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()[:16] if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(f.read()).hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def settle(phase, o, typed, parent, own, names):
@@ -653,7 +623,7 @@ def run_phase(phase, o, typed, source_path, path, say=print):
         say(f'{phase.name:8s}going on at step {start} of {steps}')
     else:
         model, start = build(parent, source_path) if parent else new_model(o, corpus), 0
-        notes = phase.make(model, o, say)
+        notes = (phase.make and phase.make(model, o, say)) or {}
     model.to(device)
     options = {**(parent or {}).get('options', {}), **{k: getattr(o, k) for k in phase.depends}}
     record = dict(phase=phase.name, steps=steps, options=options, parent=parent_hash,
@@ -781,21 +751,12 @@ def evaluation(o, typed, say=print):
         raise BadInput(f'--phase=eval needs {path("d2dmoe.pt")}: make it with python train.py --phase=router')
     corpus = open_corpus(o, say)
     batches = held_out(corpus, o, pick_device(o))
-    prefill = timing_inputs(corpus, o, pick_device(o))
-    rows, zeros = bench.sweep(models, batches, prefill, cross_entropy, o.rule, o.tau, say)
+    timed = held_out(corpus, o, pick_device(o), *((128, 32) if corpus.classes else (16, 16)))
+    rows, zeros = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, say)
     for row in rows:
         row |= dict(split=o.split, seed=o.seed)
     results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), zeros=zeros, rows=rows)
-    write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
-    bench.print_sweep(rows, zeros, say)
-    if row := next((r for (name, _), r in bench.picked(rows).items() if name in models), None):
-        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
-        with torch.no_grad():
-            model(**prefill[0], tap=tap)
-        masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
-        write_atomically(path('routing.pt'), functools.partial(       # for python bench.py --routing
-            torch.save, dict(masks=masks, D=model.config.n_embd, F=model.ffns()[0].w_in.shape[0])))
-    say(f'\n{path("results.json")} has every row' + bench.plot_sweep(rows, path('results.png')))
+    bench.report(models, results, timed[0][0], o.out_dir, say)
     return results
 
 
@@ -857,12 +818,9 @@ def guarded(job):
     """Run it; whatever the user can mend ends in one sentence and a non-zero exit, not in a traceback."""
     try:
         job()
-    except BadInput as error:
+    except (BadInput, FloatingPointError) as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(3)
+        sys.exit(2 if isinstance(error, BadInput) else 3)
     except KeyboardInterrupt as error:
         print(f'\n{error or "interrupted"}', file=sys.stderr)
         sys.exit(130)
