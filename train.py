@@ -181,10 +181,9 @@ def check(o):
                        'a .tsv or .jsonl file')
     if o.tokenizer == 'gpt2' and o.arch == 'bert' or o.tokenizer == 'wordpiece' and not o.init_from:
         raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from --init_from')
-    if set(o.attn_projections) - set('qkvo') or len(set(o.attn_projections)) < len(o.attn_projections):
+    if not set(o.attn_projections) <= set('qkvo') or len(set(o.attn_projections)) < len(o.attn_projections) \
+            or o.phase == 'attn' and not o.attn_projections:
         raise BadInput(f'--attn_projections={o.attn_projections}: must be some of the letters qkvo, each once')
-    if o.phase == 'attn' and not o.attn_projections:
-        raise BadInput('--phase=attn needs --attn_projections: qkvo or some of these letters')
     if unknown := [loss for loss in losses(o) if loss not in router.LOSSES]:
         raise BadInput(f'--router_loss={",".join(unknown)}: must be one or more of {", ".join(router.LOSSES)}')
     if o.expert_size < 0 or o.expert_size > 4 * o.n_embd and not o.init_from:
@@ -226,19 +225,21 @@ def tokenizer(name):
                        f'cache, or use --tokenizer=bytes') from None
 
 
+STDLIB = sysconfig.get_paths()['stdlib']
+
+
 def text_files(source):
     """The files behind --data: (path, bytes) in a fixed order, and how the source is called."""
+    label = source
     if source == 'stdlib':
-        root = sysconfig.get_paths()['stdlib']
-        found = [os.path.join(d, f) for d, dirs, names in os.walk(root) for f in names if f.endswith('.py')
+        found = [os.path.join(d, f) for d, _, names in os.walk(STDLIB) for f in names if f.endswith('.py')
                  and not {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'} & set(d.split(os.sep))]
         label = f"Python {platform.python_version()}'s standard library"
     elif os.path.isfile(source):
-        found, label = [source], source
+        found = [source]
     elif os.path.isdir(source):
-        found = [os.path.join(d, f) for d, dirs, names in os.walk(source) for f in names if not f.startswith('.')]
+        found = [os.path.join(d, f) for d, _, names in os.walk(source) for f in names if not f.startswith('.')]
         found = [f for f in found if b'\0' not in open(f, 'rb').read(8192)]             # text only
-        label = source
     else:
         raise BadInput(f'--data={source}: no such file or folder (or use --data=stdlib)')
     return [(f, os.path.getsize(f)) for f in sorted(found)], label
@@ -274,7 +275,7 @@ def open_corpus(o, say=print):
     Every 20th chunk of the text is held out, so that the held-out part is spread over all of it.
     """
     if o.arch == 'bert':
-        return open_labelled(o, say)
+        return open_labelled(o.data, o.val, o.tokenizer, o.init_from, o.block_size, say)
     enc = tokenizer(o.tokenizer)
     if os.path.isdir(o.data) and os.path.isfile(os.path.join(o.data, 'train.bin')):
         folder, about = o.data, dict(source=o.data, tokenizer=o.tokenizer)
@@ -346,92 +347,87 @@ def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (objects with label and text)."""
     if not os.path.isfile(path):
         raise BadInput(f'--data={path}: no such file')
-    rows, broken = [], 0
+    rows, broken, is_json = [], 0, path.endswith('.jsonl')
     with open(path, 'rb') as f:
         for n, raw in enumerate(f, 1):
             line = raw.decode('utf-8', 'replace').removeprefix('\ufeff').rstrip('\r\n')
             broken += '\ufffd' in line and '\ufffd'.encode() not in raw
             try:
-                row = json.loads(line) if path.endswith('.jsonl') else dict(zip(('label', 'text'), line.split('\t', 1)))
-                rows.append((str(row['label']), row['text']))
-                empty = not row['text'].strip()
+                row = json.loads(line) if is_json else dict(zip(('label', 'text'), line.split('\t', 1)))
+                label, text, empty = str(row['label']), row['text'], not row['text'].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
-                form = '{"label": ..., "text": ...}' if path.endswith('.jsonl') else 'label<TAB>text'
+                form = '{"label": ..., "text": ...}' if is_json else 'label<TAB>text'
                 raise BadInput(f'{path}, line {n}: is not of the form {form}') from None
             if empty:
                 raise BadInput(f'{path}, line {n}: its text is empty')
+            rows.append((label, text))
     if broken:
         print(f'{path}: {broken:,} lines have bytes that are no UTF-8: replaced by \ufffd')
     return rows
 
 
-def stdlib_snippets(block_size):
-    """[(package, snippet)]: the 8 largest packages of the standard library in pieces of 1/4 to 1 block."""
-    root, packages = sysconfig.get_paths()['stdlib'], {}
-    for path, size in text_files('stdlib')[0]:
-        top, _, inside = os.path.relpath(path, root).partition(os.sep)
+def stdlib_snippets(size):
+    """[(package, snippet)]: the 8 largest packages of the standard library in pieces of size / 4 to size."""
+    packages = {}
+    for path, n in text_files('stdlib')[0]:
+        top, _, inside = os.path.relpath(path, STDLIB).partition(os.sep)
         if inside:
-            packages.setdefault(top, []).append((path, size))
-    largest = sorted(packages, key=lambda top: -sum(size for _, size in packages[top]))[:8]
+            packages.setdefault(top, []).append((path, n))
+    largest = sorted(packages, key=lambda top: -sum(n for _, n in packages[top]))[:8]
     rng = np.random.default_rng(0)
-    return [(top, text[:rng.integers(block_size // 4, block_size) + 1]) for top in sorted(largest)
-            for text in text_chunks(packages[top], block_size)]
+    return [(top, text[:rng.integers(size // 4, size) + 1]) for top in sorted(largest)
+            for text in text_chunks(packages[top], size)]
 
 
-def labelled_tokenizer(o):
+def labelled_tokenizer(name, init_from):
     """-> texts to token lists with a CLS in front, how many tokens close a text, the size of the vocabulary."""
-    if o.tokenizer == 'bytes':
+    if name == 'bytes':
         return lambda texts: [[256, *text.encode()] for text in texts], 0, 257
     try:
         import tokenizers
     except ImportError:
         raise BadInput('--tokenizer=wordpiece needs tokenizers: pip install tokenizers') from None
-    folder = o.init_from if os.path.exists(o.init_from) else fetch(o.init_from)
-    path = functools.partial(os.path.join, folder)
-    if os.path.isfile(path('tokenizer.json')):
-        enc = tokenizers.Tokenizer.from_file(path('tokenizer.json'))
+    folder = Path(init_from if os.path.exists(init_from) else fetch(init_from))
+    if (folder / 'tokenizer.json').is_file():
+        enc = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
         enc.no_padding()
         enc.no_truncation()
-    elif os.path.isfile(path('vocab.txt')):
-        about = Path(path('tokenizer_config.json'))
+    elif (folder / 'vocab.txt').is_file():
+        about = folder / 'tokenizer_config.json'
         cased = about.is_file() and json.loads(about.read_text()).get('do_lower_case') is False
-        enc = tokenizers.BertWordPieceTokenizer(path('vocab.txt'), lowercase=not cased)
+        enc = tokenizers.BertWordPieceTokenizer(str(folder / 'vocab.txt'), lowercase=not cased)
     else:
         raise BadInput(f'--tokenizer=wordpiece: {folder} has neither tokenizer.json nor vocab.txt')
     return lambda texts: [e.ids for e in enc.encode_batch(texts)], 1, enc.get_vocab_size()
 
 
-def open_labelled(o, say=print):
-    """--data as lists of (tokens, class), read and encoded anew by every phase: seconds for 100,000 texts."""
-    encode, closing, vocab_size = labelled_tokenizer(o)
-    rows = stdlib_snippets(o.block_size - 1) if o.data == 'stdlib' else read_labelled(o.data)
-    source = "8 packages of Python's standard library" if o.data == 'stdlib' else o.data
-    val = read_labelled(o.val) if o.val else rows[9::10]
-    train = rows if o.val else [row for i, row in enumerate(rows) if i % 10 != 9]
+@functools.lru_cache(maxsize=1)                                  # the phases of a run share it
+def open_labelled(data, val_file, tokenizer, init_from, block_size, say):
+    """Labelled texts as lists of (tokens, class). Without a dev file every 10th line is held out."""
+    encode, closing, vocab_size = labelled_tokenizer(tokenizer, init_from)
+    rows = stdlib_snippets(block_size - 1) if data == 'stdlib' else read_labelled(data)
+    source = "8 packages of Python's standard library" if data == 'stdlib' else data
+    val = read_labelled(val_file) if val_file else rows[9::10]
+    train = rows if val_file else [row for i, row in enumerate(rows) if i % 10 != 9]
     classes = sorted({label for label, _ in rows})
     if len(classes) < 2 or not val:
-        raise BadInput(f'--data={o.data}: {len(rows)} texts of {len(classes)} classes, of which {len(val)} are held '
+        raise BadInput(f'--data={data}: {len(rows)} texts of {len(classes)} classes, of which {len(val)} are held '
                        'out, are too few')
     for n, (label, _) in enumerate(val, 1):
         if label not in classes:
-            raise BadInput(f'{o.val}, line {n}: label {label!r} is not one of the {len(classes)} in {o.data}')
-    cut, index = 0, {label: i for i, label in enumerate(classes)}
-
-    def encoded(rows):
-        nonlocal cut
-        out = []
-        for i in range(0, len(rows), 1000):                      # the tokenizer's own objects are large
-            for (label, _), ids in zip(rows[i:i + 1000], encode([text for _, text in rows[i:i + 1000]])):
-                if len(ids) > o.block_size:
-                    cut, ids = cut + 1, ids[:o.block_size - closing] + ids[len(ids) - closing:]
-                out.append((np.array(ids, dtype=np.uint16), index[label]))
-        return out
-    corpus = Corpus(encoded(train), encoded(val), vocab_size, dict(
-        source=source, tokenizer=o.tokenizer, classes=classes, train_texts=len(train), val_texts=len(val)), classes)
-    corpus.about['cut'] = cut
+            raise BadInput(f'{val_file}, line {n}: label {label!r} is not one of the {len(classes)} in {data}')
+    cut, encoded, everything = 0, [], train + val
+    for i in range(0, len(everything), 1000):                    # the tokenizer's own objects are large
+        labels, texts = zip(*everything[i:i + 1000])
+        for label, ids in zip(labels, encode(list(texts))):
+            if len(ids) > block_size:
+                cut, ids = cut + 1, ids[:block_size - closing] + ids[len(ids) - closing:]
+            encoded.append((np.array(ids, dtype=np.uint16), classes.index(label)))
     say(f'data: {source}: {len(train):,} texts of {len(classes)} classes to train on, {len(val):,} held out'
-        + (f'; {cut:,} longer than --block_size={o.block_size} tokens are cut' if cut else ''))
-    return corpus
+        + (f'; {cut:,} longer than --block_size={block_size} tokens are cut' if cut else ''))
+    about = dict(source=source, tokenizer=tokenizer, classes=classes, train_texts=len(train), val_texts=len(val),
+                 cut=cut)
+    return Corpus(encoded[:len(train)], encoded[len(train):], vocab_size, about, classes)
 
 
 def get_batch(corpus, o, device, step, phase):
@@ -615,14 +611,12 @@ def run_phase(phase, o, typed, source_path, path, say=print):
         own = None
     make_folder(os.path.dirname(os.path.abspath(path)))
     torch.manual_seed(o.seed)
-    device, corpus = pick_device(o), None
-    if phase.learn:
-        corpus = open_corpus(o, say)
+    device, corpus = pick_device(o), open_corpus(o, say) if phase.learn else None
     if own:
-        model, notes, start = build(own, path), own['metrics'], own['step']
-        say(f'{phase.name:8s}going on at step {start} of {steps}')
+        model, notes = build(own, path), own['metrics']
+        say(f'{phase.name:8s}going on at step {own["step"]} of {steps}')
     else:
-        model, start = build(parent, source_path) if parent else new_model(o, corpus), 0
+        model = build(parent, source_path) if parent else new_model(o, corpus)
         notes = (phase.make and phase.make(model, o, say)) or {}
     model.to(device)
     options = {**(parent or {}).get('options', {}), **{k: getattr(o, k) for k in phase.depends}}
