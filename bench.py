@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import kernel
 import router
 import sparsify
-from model import BadInput, Config, Transformer
+from model import BadInput, Config, Transformer, write_atomically
 
 say = functools.partial(print, flush=True)
 
@@ -62,23 +63,42 @@ GRID = dict(dynk=(0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), threshold=(0.02, 0.05, 
             topk=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
 
 
+def n_tokens(inputs):
+    """Tokens that are not padding in what model.encode takes."""
+    return int(inputs['attention_mask'].sum()) if 'attention_mask' in inputs else inputs['idx'].numel()
+
+
+def classification(predicted, labels):
+    """Accuracy, and F1 averaged over the classes that occur: predicted and labels (n,)."""
+    hits, counts = [], []
+    for c in set(predicted.tolist()) | set(labels.tolist()):
+        hits.append(((predicted == c) & (labels == c)).sum().item())
+        counts.append(((predicted == c).sum() + (labels == c).sum()).item())
+    return sum(hits) / len(labels), statistics.mean(2 * h / n for h, n in zip(hits, counts))
+
+
 @torch.no_grad()
-def evaluate(model, batches, task_loss):
-    """Of every batch the loss (n,) and the share of neurons run in each MLP (n, MLPs); and the last batch's tap."""
-    losses, shares = [], []
-    for batch in batches:
+def evaluate(model, batches, cross_entropy):
+    """Of every batch the loss (n,), the tokens (n,), the share of neurons run in each MLP (n, MLPs) and what was
+    predicted, a list; and the last batch's tap."""
+    losses, shares, predicted = [], [], []
+    for inputs, targets in batches:
         tap = []
-        losses.append(task_loss(model, batch, tap))
+        logits = model(**inputs, tap=tap)
+        losses.append(cross_entropy(logits, targets))
+        predicted.append(logits.argmax(-1) if model.config.head == 'cls' else None)
         shares.append([1.0 if t['mask'] is None else (t['mask'].float().mean(0) @ mlp.offsets.diff().float()).item()
                        / mlp.w_in.shape[0] for t, mlp in zip(tap, model.mlps())])
-    return torch.stack(losses).cpu(), torch.tensor(shares), tap
+    tokens = torch.tensor([n_tokens(inputs) for inputs, _ in batches])
+    return torch.stack(losses).cpu(), tokens, torch.tensor(shares), predicted, tap
 
 
-def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
+def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print):
     """One row for dense, for sparse with every expert on, and for each router, rule and tau.
 
     models: {'dense', 'sparse', and a router loss for each converted one}. Every second batch is reported, the
-    others are there to pick tau by ('loss_pick'). Each row is timed in turn with dense on `prefill`.
+    others are there to pick tau by ('loss_pick', 'accuracy_pick'). Each row is timed in turn with dense on the
+    list of inputs `prefill`. FLOPs are those of the mean length without padding.
     Returns the rows and the share of exact zeros in each MLP of the sparse model (over the last batch).
     """
     routed = [name for name in models if name in router.LOSSES]
@@ -86,13 +106,15 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
     for name in [*routed, 'oracle']:
         rules = [rule] if rule else [router.USUAL_RULE[name], 'topk']
         todo += [(name, r, t) for r in dict.fromkeys(rules) for t in (GRID[r] if tau is None else [tau])]
-    rows, zeros, began, seq_len = [], None, time.time(), prefill['idx'].shape[1]
+    rows, zeros, began = [], None, time.time()
     dense, report = models['dense'], slice(1, None, 2) if len(batches) > 1 else slice(None)
     for i, (name, rule, tau) in enumerate(todo):
         model = models[routed[0] if name == 'oracle' else name]
         model.set_rule(rule, tau or 0.0, oracle=name == 'oracle')
-        losses, shares, tap = evaluate(model, batches, task_loss)
-        rho = shares[report].mean(0).tolist()
+        losses, tokens, shares, predicted, tap = evaluate(model, batches, cross_entropy)
+        tokens = tokens[report]
+        rho = (tokens[:, None] * shares[report] / tokens.sum()).sum(0).tolist()
+        seq_len = tokens.sum().item() / sum(len(targets) for _, targets in batches[report])
         cost = model.flops(seq_len, rho if rule else None)
         if name == 'oracle':                                     # a ceiling: it costs nothing, and cannot be timed
             cost['total'], cost['router'] = cost['total'] - cost['router'], 0
@@ -101,16 +123,22 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
             for mlp, share in zip(model.mlps(), rho):
                 mlp.rho = share
             with torch.inference_mode():
-                base, seconds = in_turn([lambda: dense(**prefill), lambda: model(**prefill)], rounds=3)
+                base, seconds = in_turn([lambda m=m: [m(**inputs) for inputs in prefill] for m in (dense, model)],
+                                        rounds=3)
         total, sizes = dense.flops(seq_len)['total'], [mlp.w_in.shape[0] for mlp in model.mlps()]
         rows.append(dict(
             method='d2dmoe' if rule else name, router_loss=name if rule else None, rule=rule or None, tau=tau,
-            k=model.mlps()[0].k if rule == 'topk' else None, experts=float(np.average(rho, weights=sizes)),
-            flops=cost['total'] / total, router_flops=cost['router'] / total, metric='loss',
-            loss=losses[report].mean().item(), loss_pick=losses[::2].mean().item(), accuracy=None,
-            tokens=sum(targets.numel() for _, targets in batches[report]), experts_per_layer=rho,
-            ms_per_1k_tokens=seconds and 1e6 * seconds / prefill['idx'].numel(),
+            k=model.ffns()[0].k if rule == 'topk' else None, experts=float(np.average(rho, weights=sizes)),
+            flops=cost['total'] / total, router_flops=cost['router'] / total,
+            loss=losses[report].mean().item(), loss_pick=losses[::2].mean().item(), metric='loss', accuracy=None,
+            macro_f1=None, tokens=tokens.sum().item(), experts_per_layer=rho,
+            ms_per_1k_tokens=seconds and 1e6 * seconds / sum(map(n_tokens, prefill)),
             speedup=1.0 if name == 'dense' else seconds and base / seconds))
+        if model.config.head == 'cls':
+            labels = [targets for _, targets in batches]
+            (accuracy, f1), (pick, _) = (classification(torch.cat(predicted[part]), torch.cat(labels[part]))
+                                         for part in (report, slice(None, None, 2)))
+            rows[i] |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=pick)
         rows[i]['delta'] = rows[i]['loss'] / rows[0]['loss'] - 1
         rows[i]['delta_sparse'] = rows[i]['loss'] / rows[min(i, 1)]['loss'] - 1
         if name == 'sparse':
@@ -121,22 +149,40 @@ def sweep(models, batches, prefill, task_loss, rule='', tau=None, say=print):
     return rows, zeros
 
 
+def report(models, results, inputs, folder, say=print):
+    """Print the table; results.json and its picture, and the masks of `inputs` for --routing, go into `folder`."""
+    rows, path = results['rows'], functools.partial(os.path.join, folder)
+    write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
+    print_sweep(rows, results['zeros'], say)
+    if row := next((r for (name, _), r in picked(rows).items() if name in models), None):
+        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
+        with torch.no_grad():
+            model(**inputs, tap=tap)
+        masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
+        facts = dict(masks=masks, D=model.config.n_embd, F=model.config.n_hidden)
+        write_atomically(path('routing.pt'), functools.partial(torch.save, facts))
+    say(f'\n{path("results.json")} has every row' + plot_sweep(rows, path('results.png')))
+
+
 def print_sweep(rows, zeros, say=print):
+    labelled = rows[0]['metric'] == 'accuracy'
     say(f'\n{"method":8s}{"router":>8s}{"tau":>10s}{"experts":>9s}{"FLOPs":>8s}{"loss":>9s}{"vs dense":>10s}'
-        f'{"ms/1k tok":>11s}{"speedup":>9s}')
+        f'{"ms/1k tok":>11s}{"speedup":>9s}' + (f'{"accuracy":>10s}{"macro-F1":>10s}' if labelled else ''))
     for r in rows:
         tau = '-' if r['rule'] is None else f'top-{r["k"]}' if r['rule'] == 'topk' else f'{r["tau"]:g}'
         timing = f'{"-":>11s}{"-":>9s}' if r['speedup'] is None else f'{r["ms_per_1k_tokens"]:11.2f}{r["speedup"]:9.2f}'
         say(f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{tau:>10s}{r["experts"]:9.1%}{r["flops"]:8.1%}'
-            f'{r["loss"]:9.4f}{r["delta"]:+10.2%}{timing}')
-    say(f'\nzeros after sparsify: {np.mean(zeros):.1%} of FFN activations ({" ".join(f"{z:.0%}" for z in zeros)} '
-        f'by layer), loss {rows[1]["delta"]:+.2%} against dense')
+            f'{r["loss"]:9.4f}{r["delta"]:+10.2%}{timing}'
+            + (f'{r["accuracy"]:10.2%}{r["macro_f1"]:10.2%}' if labelled else ''))
+    say(f'\nzeros after sparsify: {np.mean(zeros):.1%} of hidden activations ({" ".join(f"{z:.0%}" for z in zeros)} '
+        f'by MLP), loss {rows[1]["delta"]:+.2%} against dense')
     say('cheapest tau within 1 % of all experts on, picked on one half of the held-out set, reported on the other:')
     curves = {(r['router_loss'], r['rule']): [] for r in rows[2:]}
     for r in rows[2:]:
         curves[r['router_loss'], r['rule']].append(r)
     for (name, rule), r in picked(rows).items():
         say(f'  {name:8s}{rule:10s} tau {r["tau"]:<5g} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%}'
+            + (f', accuracy {r["accuracy"]:.2%} (dense {rows[0]["accuracy"]:.2%})' if labelled else '')
             + (f', {r["speedup"]:.2f} x dense' if r['speedup'] else ''))
     for name in dict.fromkeys(name for name, _ in curves):
         if (name, 'topk') in curves and len(curves[name, 'topk']) > 1 and router.USUAL_RULE[name] != 'topk':
@@ -147,8 +193,12 @@ def print_sweep(rows, zeros, say=print):
 
 
 def picked(rows):
-    """{(router, rule): its cheapest row within 1 % of all experts on, by the half that is not reported}."""
-    fits = [r for r in rows[2:] if r['loss_pick'] <= 1.01 * rows[1]['loss_pick']]
+    """{(router, rule): its cheapest row within 1 % of all experts on, by the half that is not reported}: within
+    1 % of the loss, or of the accuracy where texts are labelled."""
+    if rows[1]['metric'] == 'accuracy':
+        fits = [r for r in rows[2:] if r['accuracy_pick'] >= 0.99 * rows[1]['accuracy_pick']]
+    else:
+        fits = [r for r in rows[2:] if r['loss_pick'] <= 1.01 * rows[1]['loss_pick']]
     return {(r['router_loss'], r['rule']): r for r in sorted(fits, key=lambda r: -r['flops'])}
 
 

@@ -163,9 +163,13 @@ def split_model(model, n_experts, expert_size=0, split='kmeans', seed=0, say=pri
     """
     idx = torch.arange(min(64, model.config.block_size), device=model.wte.weight.device)[None]
     idx, scores, start, mlps = idx % model.config.vocab_size, [], time.time(), model.mlps()
+    ffns = set(model.ffns())
     before = model(idx)
     for i, mlp in enumerate(mlps):
-        n = max(1, mlp.w_in.shape[0] // expert_size) if expert_size else n_experts
+        n_hidden = len(mlp.w_in)
+        n = max(1, n_hidden // expert_size) if expert_size else n_experts
+        if mlp not in ffns:                                      # a replaced projection, narrower than the FFNs
+            n = min(n, n_hidden)
         scores.append(split_mlp(mlp, n, split, seed))
         left = (time.time() - start) / (i + 1) * (len(mlps) - i - 1)
         say(f'moefy   mlp {i + 1}/{len(mlps)}  {n} experts  objective {scores[-1][0]:.1f} '

@@ -12,15 +12,27 @@
 alpha rises linearly over the first `sparsity_ramp` of the run (D2DMoE, section 3.1: Hoyer for ViT, l1 for BERT
 and GPT-2, the clamp for models that keep GELU).
 
+Attention projections have no hidden neurons to be sparse. Before that penalty each may become an MLP of the same
+cost, which is then an MLP like any other: it learns, by itself, what the frozen original makes of its inputs,
+
+    loss = |MLP(x) - (W x + b)|^2 / |W x + b|^2 + 1e-3 * progress * hoyer
+
+relative to the original's size, so that one weight of the penalty suits all (the authors take the plain MSE).
+
 Run it on a checkpoint:  python sparsify.py out/base.pt out/sparse.pt --sparsity_weight=1e-3
+                         python sparsify.py out/base.pt out/attn.pt --attn_projections=qkvo
 
     T tokens · D n_embd · F hidden neurons
 """
 
 import torch
+import torch.nn as nn
+
+from model import MLP, projection_width
 
 LOSSES = ('hoyer', 'l1', 'gelu_clamp')
 DELTA = -10.0
+PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty while projections are distilled, reached at the end
 
 
 def relufy(model):
@@ -62,6 +74,81 @@ def train_loss(model, batch, task_loss, loss, alpha):
     return total, dict(task=task.detach(), zeros=zeros)
 
 
+def learn(model, task_loss, loss, weight, ramp):
+    """What the sparsify phase trains, and on what: (parameters, loss_fn(batch, progress))."""
+    def loss_fn(batch, progress):
+        return train_loss(model, batch, task_loss, loss, weight * min(1.0, progress / ramp if ramp else 1.0))
+    return model.parameters(), loss_fn
+
+
+# ---------------------------------------------------------------------------------------------- attention projections
+
+def projections(model, names):
+    """[(name, module)] of the projections in `names`, in the order in which a forward pass meets them."""
+    return [(f'{i}.{n}', getattr(block.attn, n)) for i, block in enumerate(model.blocks) for n in 'qkvo' if n in names]
+
+
+def replace_projections(model, names):
+    """Fresh MLPs of the same cost instead of the projections in `names`, in place."""
+    D = model.config.n_embd
+    for block in model.blocks:
+        for name in names:
+            setattr(block.attn, name, MLP(D, projection_width(D), 'relu').to(model.wte.weight.device))
+    model.config.projections = names
+
+
+class Watched(nn.Module):
+    """A projection of the frozen original that writes down what goes in and what comes out."""
+
+    def __init__(self, linear, seen):
+        super().__init__()
+        self.linear, self.seen = linear, seen
+
+    def forward(self, x):
+        y = self.linear(x)
+        self.seen.append((x.float(), y.float()))
+        return y
+
+
+def learn_projections(model, original):
+    """What the attn phase trains, and on what: (parameters, loss_fn(batch, progress), report(batches, say)).
+
+    `original` is the model before its projections were replaced; it is used up.
+    """
+    names, students = zip(*projections(model, model.config.projections))
+    seen = []
+    for block in original.blocks:
+        for name in model.config.projections:
+            setattr(block.attn, name, Watched(getattr(block.attn, name), seen))
+
+    def errors(batch, tap):
+        """The squared relative error of every student, on the original's inputs and outputs."""
+        seen.clear()
+        with torch.no_grad():
+            original.encode(**batch[0])
+        return torch.stack([(student(x, tap).float() - y).square().sum() / y.square().sum().clamp_min(1e-9)
+                            for student, (x, y) in zip(students, seen)])
+
+    def loss_fn(batch, progress):
+        tap = []
+        error = errors(batch, tap)
+        penalty = torch.stack([sparsity('hoyer', t) for t in tap]).mean()
+        zeros = torch.stack([(t['a'] == 0).float().mean() for t in tap]).mean()
+        return error.mean() + PROJECTION_WEIGHT * progress * penalty, dict(task=error.mean().detach(), zeros=zeros)
+
+    @torch.no_grad()
+    def report(batches, say):
+        relative = torch.stack([errors(batch, None) for batch in batches]).mean(0).sqrt().tolist()
+        for i in range(0, len(names), len(model.config.projections)):
+            say('attn    relative error of ' + '  '.join(
+                f'{n} {e:.3f}' for n, e in zip(names[i:i + len(model.config.projections)], relative[i:])))
+        return dict(projection_error=dict(zip(names, relative)))
+
+    return [p for student in students for p in student.parameters()], loss_fn, report
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
 @torch.no_grad()
 def statistics(tap):
     """Per MLP, over the tokens of one forward pass: how sparse the activations are.
@@ -82,4 +169,5 @@ if __name__ == '__main__':
     import sys
 
     import train
-    train.convert('sparsify', sys.argv[1:])
+    distil = any(arg.startswith('--attn_projections=') for arg in sys.argv)
+    train.convert('attn' if distil else 'sparsify', sys.argv[1:])

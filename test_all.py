@@ -985,3 +985,185 @@ def test_help_and_exit_status_of_the_command():
     assert done.returncode == 0 and all(f'--{name} ' in done.stdout for name in vars(train.Options()))
     done = subprocess.run([sys.executable, 'train.py', '--tau=7'], capture_output=True, text=True, cwd=here)
     assert done.returncode == 2 and 'Traceback' not in done.stderr and '--tau=7' in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- labelled texts
+
+@pytest.fixture(scope='session')
+def labelled(tmp_path_factory):
+    """Texts of 1 to 12 words; the first word gives the label away."""
+    path, rng = tmp_path_factory.mktemp('labelled') / 'texts.tsv', np.random.default_rng(0)
+    labels = [str(rng.choice(['joy', 'fear', 'anger'])) for _ in range(205)]
+    rows = [(label, ' '.join([label[0], *rng.choice(list('wxyz'), rng.integers(12))])) for label in labels]
+    path.write_text(''.join(f'{label}\t{text}\n' for label, text in rows))
+    return path, rows
+
+
+def open_labelled(path, *args):
+    o, _ = train.parse([f'--data={path}', '--arch=bert', '--block_size=32', '--batch_size=4', *args])
+    return o, train.open_corpus(o, lambda *_: None)
+
+
+def test_labelled_texts_are_read_and_every_tenth_line_is_held_out(labelled, tmp_path):
+    path, rows = labelled
+    o, corpus = open_labelled(path)
+    decoded = [(corpus.classes[c], bytes(ids[1:].tolist()).decode()) for ids, c in corpus.val]
+    assert decoded == rows[9::10] and len(corpus.train) == 185 and corpus.train[0][0][0] == 256
+    (tmp_path / 'same.jsonl').write_text(''.join(json.dumps(dict(text=t, label=c)) + '\n' for c, t in rows))
+    again = open_labelled(tmp_path / 'same.jsonl')[1]
+    assert all(np.array_equal(a, b) and c == d for (a, c), (b, d) in zip(corpus.train, again.train))
+    both = open_labelled(path, f'--val={tmp_path / "same.jsonl"}')[1]
+    assert len(both.train) == len(both.val) == 205
+
+
+def test_batches_by_length_are_deterministic_and_complete(labelled):
+    o, corpus = open_labelled(labelled[0], '--eval_batches=100')
+    drawn = [train.get_batch(corpus, o, 'cpu', step, 'sparsify') for step in range(900)]
+    again, _ = train.get_batch(corpus, o, 'cpu', 7, 'sparsify')
+    assert torch.equal(again['idx'], drawn[7][0]['idx'])
+    texts = {tuple(i[m].tolist()) for b, _ in drawn for i, m in zip(b['idx'], b['attention_mask'])}
+    assert texts == {tuple(ids.tolist()) for ids, _ in corpus.train}
+    assert np.mean([b['attention_mask'].float().mean() for b, _ in drawn]) > 0.8
+    held = [(tuple(i[m].tolist()), c.item()) for b, cs in train.held_out(corpus, o, 'cpu')
+            for i, m, c in zip(b['idx'], b['attention_mask'], cs)]
+    assert sorted(held) == sorted((tuple(ids.tolist()), c) for ids, c in corpus.val)
+    lengths = [len(ids) for ids, _ in held]
+    assert lengths == sorted(lengths)
+    assert [len(cs) for _, cs in train.held_out(corpus, o, 'cpu', 18, 6)] == [6, 6, 6]
+
+
+@pytest.mark.parametrize('name, content, says', [
+    ('a.tsv', 'joy\tx\nfear x\n', 'line 2'),
+    ('a.tsv', 'joy\tx\nfear\t \n', 'line 2: its text is empty'),
+    ('a.tsv', 'joy\tx\n' * 20, 'too few'),
+    ('a.tsv', '', 'too few'),
+    ('a.jsonl', '{"label": 1, "text": "x"}\n{"label": 2}\n', 'line 2'),
+    ('a.jsonl', '{"label": 1, "text": 3}\n', 'line 1'),
+    ('a.jsonl', '{"label": 1\n', 'line 1'),
+    ('a.txt', 'joy\tx\n', '.tsv'),
+])
+def test_bad_labelled_texts_end_in_one_sentence(name, content, says, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    code, err = refusal('--arch=bert', f'--data={tmp_path / name}', '--phase=base', out=tmp_path / 'out', capsys=capsys)
+    assert code == 2 and says in err and str(tmp_path / name) in err
+
+
+def test_other_bad_options_of_a_bert(labelled, tmp_path, capsys):
+    path, (dev, folder) = labelled[0], (tmp_path / 'dev.tsv', tmp_path / 'folder')
+    dev.write_text('joy\tx\nlove\tx\n')
+    folder.mkdir()
+    for args, says in (([f'--val={dev}'], f'{dev}, line 2'), (['--arch=gpt'], '--arch=bert'),
+                       (['--tokenizer=wordpiece'], '--init_from'), (['--attn_projections=qx'], 'qkvo'),
+                       (['--attn_projections=qq'], 'qkvo'), (['--phase=attn'], '--attn_projections'),
+                       (['--tokenizer=wordpiece', f'--init_from={folder}'], 'vocab.txt')):
+        code, err = refusal(f'--data={path}', '--arch=bert', *args, out=tmp_path / 'out', capsys=capsys)
+        assert code == 2 and says in err
+
+
+def test_long_texts_are_cut_and_broken_bytes_replaced(tmp_path, capsys):
+    path, says = tmp_path / 'a.tsv', []
+    path.write_bytes(b'a\t' + b'word ' * 100_000 + b'\nb\tcaf\xe9\r\n' + b'a\tb\tc\n' * 8)
+    o, _ = train.parse([f'--data={path}', '--arch=bert', '--block_size=32'])
+    corpus = train.open_corpus(o, says.append)
+    assert [len(ids) for ids, _ in corpus.train[:3]] == [32, 7, 4] and corpus.about['cut'] == 1
+    assert '1 longer than --block_size=32' in says[0]
+    assert '1 lines have bytes that are no UTF-8' in capsys.readouterr().out
+
+
+def test_wordpiece_of_a_folder(labelled, tmp_path):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *'jfawxyz']))
+    _, corpus = open_labelled(labelled[0], '--tokenizer=wordpiece', f'--init_from={tmp_path}', '--block_size=8')
+    words = labelled[1][9][1].split()
+    assert corpus.val[0][0].tolist() == [2, *(4 + 'jfawxyz'.index(w) for w in words[:6]), 3]
+    assert max(len(ids) for ids, _ in corpus.train) == 8 and all(ids[-1] == 3 for ids, _ in corpus.train)
+
+
+def test_accuracy_and_macro_f1():
+    rng = np.random.default_rng(0)
+    predicted, labels = rng.integers(0, 5, 60), rng.integers(1, 6, 60)
+    f1 = []
+    for c in range(6):
+        tp = sum(p == c == t for p, t in zip(predicted, labels))
+        fp = sum(p == c != t for p, t in zip(predicted, labels))
+        fn = sum(t == c != p for p, t in zip(predicted, labels))
+        precision, recall = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+        f1.append(2 * precision * recall / (precision + recall) if tp else 0)
+    got = bench.classification(torch.tensor(predicted), torch.tensor(labels))
+    assert got == pytest.approx((np.mean(predicted == labels), np.mean(f1)))
+
+
+BERT = dict(causal=False, pre_ln=False, n_types=2, head='cls', n_classes=3, pooler=True)
+
+
+def test_a_padded_batch_is_its_sequences(labelled):
+    o, corpus = open_labelled(labelled[0])
+    m = with_experts(tiny(**BERT, vocab_size=257, block_size=32, projections='qo')).set_rule('dynk', 0.3)
+    inputs, targets = train.pad_batch(corpus.val, np.arange(12), 'cpu')
+    single = [train.pad_batch(corpus.val, [i], 'cpu') for i in range(12)]
+    assert torch.allclose(m(**inputs), torch.cat([m(**one) for one, _ in single]), atol=1e-4)
+    losses, tokens, shares, *_ = bench.evaluate(m, single, train.cross_entropy)
+    loss, total, share, *_ = bench.evaluate(m, [(inputs, targets)], train.cross_entropy)
+    assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-4) and tokens.sum() == total
+    assert torch.allclose((tokens[:, None] * shares).sum(0) / total, share[0], atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- attention projections
+
+@pytest.mark.parametrize('config', [{}, BERT])
+def test_distillation_lowers_the_error(config):
+    original, m = tiny(**config), tiny(**config)
+    sparsify.replace_projections(m, 'qvo')
+    assert m.flops(10)['total'] == pytest.approx(original.flops(10)['total'], rel=0.02)
+    kept = original.state_dict()
+    idx = torch.randint(0, 50, (16, 20))
+    batch = (dict(idx=idx, attention_mask=torch.arange(20) < torch.arange(5, 21)[:, None]), None)
+    # by hand: the output of the first block's v on what goes in, which is the embedding after its norm
+    parameters, loss_fn, report = sparsify.learn_projections(m, original)
+    first = report([batch], lambda *_: None)['projection_error']
+    assert list(first) == [f'{i}.{n}' for i in range(2) for n in 'qvo']
+    x = (m.wte(idx) + m.wpe(torch.arange(20)) + (m.wtt.weight[0] if config else 0))[batch[0]['attention_mask']]
+    x = m.ln_e(x) if config else m.blocks[0].ln_1(x)
+    y = F.linear(x, kept['blocks.0.attn.v.weight'], kept['blocks.0.attn.v.bias'])
+    assert first['0.v'] == pytest.approx(((m.blocks[0].attn.v(x) - y).norm() / y.norm()).item(), rel=1e-4)
+    optimizer = torch.optim.Adam([p.requires_grad_(True) for p in parameters], lr=1e-2)
+    for step in range(60):
+        loss_fn(batch, (step + 1) / 60)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    last = report([batch], lambda *_: None)['projection_error']
+    assert all(last[n] < 0.7 * first[n] for n in first)
+    assert all(torch.equal(v, kept[k]) for k, v in m.state_dict().items() if k in kept and '.attn.' not in k)
+
+
+def test_bert_end_to_end_with_projections(labelled, tmp_path, capsys):
+    args = [*TINY, '--arch=bert', f'--data={labelled[0]}', '--attn_projections=qkvo', '--attn_steps=8', '--tau=0.3',
+            '--base_steps=60', '--learning_rate=1e-2', '--router_loss=norm']
+    status, results = run(*args, out=tmp_path)
+    assert status == 0 and all(ROW | {'macro_f1'} <= r.keys() for r in results['rows'])
+    dense, sparse, *routed = results['rows']
+    assert dense['metric'] == 'accuracy' and dense['flops'] == 1 and sparse['flops'] == pytest.approx(1, rel=0.02)
+    assert all(0 <= r['macro_f1'] <= 1 and 0 <= r['accuracy'] <= 1 for r in routed)
+    assert all(len(r['experts_per_layer']) == 10 for r in routed)
+    m = M.load(tmp_path / 'd2dmoe.pt')
+    assert m.config.projections == 'qkvo' and m.config.n_slices == [16, 16, 16, 16, 16] * 2
+    errors = torch.load(tmp_path / 'attn.pt', weights_only=True)['metrics']['projection_error']
+    assert len(errors) == 8 and all(0 < e < 2 for e in errors.values())
+    assert torch.load(tmp_path / 'sparse.pt', weights_only=True)['parent'] == train.file_hash(tmp_path / 'attn.pt')
+    capsys.readouterr()
+    assert run(out=tmp_path)[0] == 0                             # untyped: attn.pt says that there are projections
+    assert capsys.readouterr().out.count('done') == 6
+    code, err = refusal('--phase=sample', out=tmp_path, capsys=capsys)
+    assert code == 2 and 'BERT' in err
+
+
+def test_gpt_projections_by_themselves_and_in_the_cache(finished, tmp_path):
+    out, _ = finished
+    subprocess.run([sys.executable, 'sparsify.py', out / 'base.pt', tmp_path / 'attn.pt', '--attn_projections=kv',
+                    '--attn_steps=4'], check=True, cwd=HERE, capture_output=True)
+    m = with_experts(M.load(tmp_path / 'attn.pt'), 5).set_rule('dynk', 0.3)
+    idx = torch.randint(0, 256, (1, 3))
+    got = m.generate(idx, 12, temperature=0)
+    for _ in range(12):
+        idx = torch.cat([idx, m(idx)[:, -1:].argmax(-1)], 1)
+    assert m.config.projections == 'kv' and torch.equal(got, idx)

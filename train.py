@@ -3,11 +3,12 @@
     python train.py                              every phase that is not done yet, then the table
     python train.py --phase=sparsify             one phase, on the checkpoint before it
     python train.py --phase=sample --prompt='def ' --tau=0.1
+    python train.py --preset=bert --data=emotion.tsv --attn_projections=qkvo
     python train.py --help                       every option
 
     base --> dense                               the control: as many more steps, no penalty
-      +----> sparsify --> moefy --> router --> eval
-    base.pt  sparse.pt    moe.pt    d2dmoe.pt  results.json
+      +--> [attn] --> sparsify --> moefy --> router --> eval
+    base.pt  attn.pt  sparse.pt    moe.pt    d2dmoe.pt  results.json
 
 A phase is a row of PHASES: what it reads and writes, what it does to the model once (`make`), which
 parameters learn from which loss (`learn`), for how long. All of them share one loop (`run_phase`). A new
@@ -42,22 +43,24 @@ import moefy
 import router
 import sparsify
 from kernel import ACTIVATIONS
-from model import BadInput, Config, Transformer, build, read_checkpoint, save, write_atomically
+from model import BadInput, Config, Transformer, build, fetch, from_pretrained, read_checkpoint, save
 
 
 # ---------------------------------------------------------------------------------------------- options
 
 @dataclass
 class Options:
-    phase: str = 'all'               # base, dense, sparsify, moefy, router, eval, sample, or all that is left
-    preset: str = ''                 # gpt2 (124 M, the paper's settings), hour (about an hour on 2 cores)
+    phase: str = 'all'               # base, dense, attn, sparsify, moefy, router, eval, sample, or all that is left
+    preset: str = ''                 # gpt2, bert (the paper's settings), hour (about an hour on 2 cores)
     out_dir: str = 'out'             # checkpoints, the encoded data, results.json
     overwrite: bool = False          # run phases again whose options or input changed
     # data
-    data: str = 'stdlib'             # stdlib, a text file, a folder of them, or one with train.bin and val.bin
-    tokenizer: str = 'bytes'         # bytes, gpt2
+    data: str = 'stdlib'             # gpt: stdlib, a text, a folder of texts or of .bin; bert: stdlib, .tsv, .jsonl
+    val: str = ''                    # bert: the dev file; empty: every 10th line of --data
+    tokenizer: str = 'bytes'         # bytes, gpt2, wordpiece (init_from's own)
     # model
-    init_from: str = ''              # a checkpoint of ours instead of a new model
+    arch: str = 'gpt'                # gpt predicts the next token, bert the label of a text
+    init_from: str = ''              # a published model (folder or name) or a checkpoint of ours, not a new model
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 256                # the FFN has 4 n_embd neurons
@@ -77,7 +80,10 @@ class Options:
     base_steps: int = 400
     sparsify_steps: int = 130        # of dense, too
     router_steps: int = 280
+    attn_steps: int = 150
+    attn_lr: float = 1e-3
     # the method
+    attn_projections: str = ''       # which of q, k, v, o become MLPs of the same cost, for example qkvo
     sparsity_loss: str = 'l1'        # hoyer, l1; gelu_clamp keeps GELU
     sparsity_weight: float = 2e-3
     sparsity_ramp: float = 0.5       # share of the run over which the weight rises
@@ -104,13 +110,20 @@ PRESETS = {
                  block_size=1024, activation='gelu_tanh', batch_size=8, grad_accum=120, sparsify_steps=1000,
                  finetune_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0, n_experts=768,
                  router_steps=5000, router_lr=3e-3, router_width=128),
+    # the authors' settings for ReLU-fied BERT-base on emotion (CARER): 16,000 texts, so 250 steps are an epoch;
+    # 10 epochs a phase, 3 for the projections; 128 experts of 24; the penalty's weight is constant
+    'bert': dict(out_dir='out-bert', arch='bert', tokenizer='wordpiece', init_from='bert-base-uncased', n_layer=12,
+                 n_head=12, n_embd=768, block_size=128, activation='gelu', dropout=0.1, batch_size=64,
+                 weight_decay=0.01, learning_rate=2e-5, finetune_lr=2e-5, base_steps=2500, sparsify_steps=2500,
+                 attn_steps=750, sparsity_loss='l1', sparsity_weight=1e-4, sparsity_ramp=0.0, n_experts=128,
+                 router_steps=2500, router_lr=1e-3, router_width=128, eval_batches=32),
 }
 
 CHOICES = dict(activation=tuple(ACTIVATIONS), sparsity_loss=sparsify.LOSSES, split=moefy.SPLITS,
-               tokenizer=('bytes', 'gpt2'), preset=('', *PRESETS), rule=('', *router.RULES),
-               device=('auto', 'cpu', 'cuda', 'mps'))
+               tokenizer=('bytes', 'gpt2', 'wordpiece'), arch=('gpt', 'bert'), preset=('', *PRESETS),
+               rule=('', *router.RULES), device=('auto', 'cpu', 'cuda', 'mps'))
 POSITIVE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'grad_accum', 'eval_batches', 'n_experts',
-            'router_width', 'learning_rate', 'finetune_lr', 'router_lr')
+            'router_width', 'learning_rate', 'finetune_lr', 'router_lr', 'attn_lr')
 
 
 def parse(argv):
@@ -153,7 +166,8 @@ def check(o):
     for name in POSITIVE:
         if not getattr(o, name) > 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must be positive')
-    for name in ('base_steps', 'sparsify_steps', 'router_steps', 'sparsity_weight', 'weight_decay', 'temperature'):
+    for name in ('base_steps', 'sparsify_steps', 'router_steps', 'attn_steps', 'sparsity_weight', 'weight_decay',
+                 'temperature'):
         if not getattr(o, name) >= 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must not be negative')
     for name in ('tau', 'sparsity_ramp', 'dropout'):
@@ -161,11 +175,20 @@ def check(o):
             raise BadInput(f'--{name}={getattr(o, name)}: must be between 0 and 1')
     if o.n_embd % o.n_head:
         raise BadInput(f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
+    labelled = o.data.endswith(('.tsv', '.jsonl'))
+    if labelled != (o.arch == 'bert') and o.data != 'stdlib' or o.val and not labelled:
+        raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts (and their --val), '
+                       'a .tsv or .jsonl file')
+    if o.tokenizer == 'gpt2' and o.arch == 'bert' or o.tokenizer == 'wordpiece' and not o.init_from:
+        raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from --init_from')
+    if not set(o.attn_projections) <= set('qkvo') or len(set(o.attn_projections)) < len(o.attn_projections) \
+            or o.phase == 'attn' and not o.attn_projections:
+        raise BadInput(f'--attn_projections={o.attn_projections}: must be some of the letters qkvo, each once')
     if unknown := [loss for loss in losses(o) if loss not in router.LOSSES]:
         raise BadInput(f'--router_loss={",".join(unknown)}: must be one or more of {", ".join(router.LOSSES)}')
-    if o.expert_size < 0 or o.expert_size > 4 * o.n_embd:
+    if o.expert_size < 0 or o.expert_size > 4 * o.n_embd and not o.init_from:
         raise BadInput(f'--expert_size={o.expert_size}: must be between 1 and the {4 * o.n_embd} neurons of an FFN')
-    if not o.expert_size and o.n_experts > 4 * o.n_embd:
+    if not o.expert_size and o.n_experts > 4 * o.n_embd and not o.init_from:
         raise BadInput(f'--n_experts={o.n_experts}: more experts than the {4 * o.n_embd} neurons of an FFN')
     if not dict(cuda=torch.cuda, mps=torch.backends.mps).get(o.device, torch.cpu).is_available():
         raise BadInput(f'--device={o.device}: torch {torch.__version__} finds none here; try --device=auto')
@@ -202,19 +225,21 @@ def tokenizer(name):
                        f'cache, or use --tokenizer=bytes') from None
 
 
+STDLIB = sysconfig.get_paths()['stdlib']
+
+
 def text_files(source):
     """The files behind --data: (path, bytes) in a fixed order, and how the source is called."""
+    label = source
     if source == 'stdlib':
-        root = sysconfig.get_paths()['stdlib']
-        found = [os.path.join(d, f) for d, dirs, names in os.walk(root) for f in names if f.endswith('.py')
+        found = [os.path.join(d, f) for d, _, names in os.walk(STDLIB) for f in names if f.endswith('.py')
                  and not {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'} & set(d.split(os.sep))]
         label = f"Python {platform.python_version()}'s standard library"
     elif os.path.isfile(source):
-        found, label = [source], source
+        found = [source]
     elif os.path.isdir(source):
-        found = [os.path.join(d, f) for d, dirs, names in os.walk(source) for f in names if not f.startswith('.')]
+        found = [os.path.join(d, f) for d, _, names in os.walk(source) for f in names if not f.startswith('.')]
         found = [f for f in found if b'\0' not in open(f, 'rb').read(8192)]             # text only
-        label = source
     else:
         raise BadInput(f'--data={source}: no such file or folder (or use --data=stdlib)')
     return [(f, os.path.getsize(f)) for f in sorted(found)], label
@@ -236,11 +261,12 @@ def text_chunks(files, size):
 
 
 class Corpus(NamedTuple):
-    """Token files mapped into memory, and where they came from."""
+    """Token files mapped into memory, or lists of (tokens of a text, its class); and where they came from."""
     train: np.ndarray
     val: np.ndarray
     vocab_size: int
     about: dict
+    classes: tuple = ()                                          # none: the next token is to be predicted
 
 
 def open_corpus(o, say=print):
@@ -248,6 +274,8 @@ def open_corpus(o, say=print):
 
     Every 20th chunk of the text is held out, so that the held-out part is spread over all of it.
     """
+    if o.arch == 'bert':
+        return open_labelled(o.data, o.val, o.tokenizer, o.init_from, o.block_size, say)
     enc = tokenizer(o.tokenizer)
     if os.path.isdir(o.data) and os.path.isfile(os.path.join(o.data, 'train.bin')):
         folder, about = o.data, dict(source=o.data, tokenizer=o.tokenizer)
@@ -315,19 +343,128 @@ def make_folder(path):
         raise BadInput(f'--out_dir={path}: cannot be written ({error.strerror})') from None
 
 
+def read_labelled(path):
+    """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (objects with label and text)."""
+    if not os.path.isfile(path):
+        raise BadInput(f'--data={path}: no such file')
+    rows, broken, is_json = [], 0, path.endswith('.jsonl')
+    with open(path, 'rb') as f:
+        for n, raw in enumerate(f, 1):
+            line = raw.decode('utf-8', 'replace').removeprefix('\ufeff').rstrip('\r\n')
+            broken += '\ufffd' in line and '\ufffd'.encode() not in raw
+            try:
+                row = json.loads(line) if is_json else dict(zip(('label', 'text'), line.split('\t', 1)))
+                label, text, empty = str(row['label']), row['text'], not row['text'].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                form = '{"label": ..., "text": ...}' if is_json else 'label<TAB>text'
+                raise BadInput(f'{path}, line {n}: is not of the form {form}') from None
+            if empty:
+                raise BadInput(f'{path}, line {n}: its text is empty')
+            rows.append((label, text))
+    if broken:
+        print(f'{path}: {broken:,} lines have bytes that are no UTF-8: replaced by \ufffd')
+    return rows
+
+
+def stdlib_snippets(size):
+    """[(package, snippet)]: the 8 largest packages of the standard library in pieces of size / 4 to size."""
+    packages = {}
+    for path, n in text_files('stdlib')[0]:
+        top, _, inside = os.path.relpath(path, STDLIB).partition(os.sep)
+        if inside:
+            packages.setdefault(top, []).append((path, n))
+    largest = sorted(packages, key=lambda top: -sum(n for _, n in packages[top]))[:8]
+    rng = np.random.default_rng(0)
+    return [(top, text[:rng.integers(size // 4, size) + 1]) for top in sorted(largest)
+            for text in text_chunks(packages[top], size)]
+
+
+def labelled_tokenizer(name, init_from):
+    """-> texts to token lists with a CLS in front, how many tokens close a text, the size of the vocabulary."""
+    if name == 'bytes':
+        return lambda texts: [[256, *text.encode()] for text in texts], 0, 257
+    try:
+        import tokenizers
+    except ImportError:
+        raise BadInput('--tokenizer=wordpiece needs tokenizers: pip install tokenizers') from None
+    folder = Path(init_from if os.path.exists(init_from) else fetch(init_from))
+    if (folder / 'tokenizer.json').is_file():
+        enc = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+        enc.no_padding()
+        enc.no_truncation()
+    elif (folder / 'vocab.txt').is_file():
+        about = folder / 'tokenizer_config.json'
+        cased = about.is_file() and json.loads(about.read_text()).get('do_lower_case') is False
+        enc = tokenizers.BertWordPieceTokenizer(str(folder / 'vocab.txt'), lowercase=not cased)
+    else:
+        raise BadInput(f'--tokenizer=wordpiece: {folder} has neither tokenizer.json nor vocab.txt')
+    return lambda texts: [e.ids for e in enc.encode_batch(texts)], 1, enc.get_vocab_size()
+
+
+@functools.lru_cache(maxsize=1)                                  # the phases of a run share it
+def open_labelled(data, val_file, tokenizer, init_from, block_size, say):
+    """Labelled texts as lists of (tokens, class). Without a dev file every 10th line is held out."""
+    encode, closing, vocab_size = labelled_tokenizer(tokenizer, init_from)
+    rows = stdlib_snippets(block_size - 1) if data == 'stdlib' else read_labelled(data)
+    source = "8 packages of Python's standard library" if data == 'stdlib' else data
+    val = read_labelled(val_file) if val_file else rows[9::10]
+    train = rows if val_file else [row for i, row in enumerate(rows) if i % 10 != 9]
+    classes = sorted({label for label, _ in rows})
+    if len(classes) < 2 or not val:
+        raise BadInput(f'--data={data}: {len(rows)} texts of {len(classes)} classes, of which {len(val)} are held '
+                       'out, are too few')
+    for n, (label, _) in enumerate(val, 1):
+        if label not in classes:
+            raise BadInput(f'{val_file}, line {n}: label {label!r} is not one of the {len(classes)} in {data}')
+    cut, encoded, everything = 0, [], train + val
+    for i in range(0, len(everything), 1000):                    # the tokenizer's own objects are large
+        labels, texts = zip(*everything[i:i + 1000])
+        for label, ids in zip(labels, encode(list(texts))):
+            if len(ids) > block_size:
+                cut, ids = cut + 1, ids[:block_size - closing] + ids[len(ids) - closing:]
+            encoded.append((np.array(ids, dtype=np.uint16), classes.index(label)))
+    say(f'data: {source}: {len(train):,} texts of {len(classes)} classes to train on, {len(val):,} held out'
+        + (f'; {cut:,} longer than --block_size={block_size} tokens are cut' if cut else ''))
+    about = dict(source=source, tokenizer=tokenizer, classes=classes, train_texts=len(train), val_texts=len(val),
+                 cut=cut)
+    return Corpus(encoded[:len(train)], encoded[len(train):], vocab_size, about, classes)
+
+
 def get_batch(corpus, o, device, step, phase):
-    """Batch number `step` of a phase: random crops that depend on nothing but seed, phase and step."""
-    rng = np.random.default_rng([o.seed, [p.name for p in PHASES].index(phase), step])
+    """Batch number `step` of a phase: random crops or texts that depend on nothing but seed, phase and step."""
+    number = ('base', 'dense', 'sparsify', 'moefy', 'router', 'attn').index(phase)
+    rng = np.random.default_rng([o.seed, number, step])
+    if corpus.classes:                                           # one of 16 batches of texts of like lengths
+        pool = by_length(corpus.train, rng.integers(0, len(corpus.train), 16 * o.batch_size))
+        return pad_batch(corpus.train, pool.reshape(16, -1)[rng.integers(16)], device)
     at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
     return to_batch(corpus.train, at, o.block_size, corpus.vocab_size, device)
 
 
-def held_out(corpus, o, device):
-    """The fixed evaluation set: eval_batches x batch_size sequences, evenly spread over the held-out part."""
-    n = min(o.eval_batches * o.batch_size, max(1, (len(corpus.val) - 1) // o.block_size))
+def held_out(corpus, o, device, n=None, size=None):
+    """`n` held-out sequences (eval_batches x batch_size), evenly spread, in batches of `size`; texts by length."""
+    n, size = n or o.eval_batches * o.batch_size, size or o.batch_size
+    if corpus.classes:
+        n = min(n, len(corpus.val))
+        at = by_length(corpus.val, np.linspace(0, len(corpus.val) - 1, n).astype(int))
+        return [pad_batch(corpus.val, a, device) for a in np.array_split(at, math.ceil(n / size))]
+    n = min(n, max(1, (len(corpus.val) - 1) // o.block_size))
     at = np.linspace(0, len(corpus.val) - o.block_size - 1, n).astype(int)
     return [to_batch(corpus.val, a, o.block_size, corpus.vocab_size, device)
-            for a in np.array_split(at, max(1, n // o.batch_size))]
+            for a in np.array_split(at, max(1, n // size))]
+
+
+def by_length(texts, at):
+    return at[np.argsort([len(texts[i][0]) for i in at], kind='stable')]
+
+
+def pad_batch(texts, at, device):
+    """(what model.encode takes, each (B, L)), the classes (B,)): the padding is never run."""
+    ids, classes = zip(*(texts[i] for i in at))
+    mask = torch.arange(max(map(len, ids))) < torch.tensor([len(i) for i in ids])[:, None]
+    idx = torch.zeros(mask.shape, dtype=torch.long)
+    idx[mask] = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+    return dict(idx=idx.to(device), attention_mask=mask.to(device)), torch.tensor(classes, device=device)
 
 
 def to_batch(tokens, at, length, vocab_size, device):
@@ -341,10 +478,13 @@ def to_batch(tokens, at, length, vocab_size, device):
 
 # ---------------------------------------------------------------------------------------------- phases
 
+def cross_entropy(logits, targets):
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
 def task_loss(model, batch, tap=None):
     inputs, targets = batch
-    logits = model(**inputs, tap=tap)
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+    return cross_entropy(model(**inputs, tap=tap), targets)
 
 
 class Phase(NamedTuple):
@@ -353,16 +493,13 @@ class Phase(NamedTuple):
     file: str
     steps: Optional[str]              # names of options
     lr: Optional[str]
-    make: Callable                    # (model, options, say) -> what to remember: the change made once, in place
-    learn: Optional[Callable]         # (model, options) -> parameters that learn, loss_fn(batch, progress) -> loss, log
+    make: Optional[Callable]          # (model, options, say): the change made once, in place -> what to remember
+    learn: Optional[Callable]         # (model, options, the input's checkpoint) -> parameters that learn,
+                                      # loss_fn(batch, progress) -> loss, log; and perhaps report(batches) -> metrics
     depends: tuple                    # options that change its result
 
 
-def make_nothing(model, o, say):
-    return {}
-
-
-def learn_task(model, o):
+def learn_task(model, o, parent):
     return model.parameters(), lambda batch, progress: (task_loss(model, batch), {})
 
 
@@ -370,60 +507,51 @@ def make_sparsify(model, o, say):
     if o.sparsity_loss != 'gelu_clamp' and model.config.activation != 'relu':
         say(f'{model.config.activation} becomes relu')
         sparsify.relufy(model)
-    return {}
 
 
-def learn_sparsify(model, o):
-    def loss_fn(batch, progress):
-        alpha = o.sparsity_weight * min(1.0, progress / o.sparsity_ramp if o.sparsity_ramp else 1.0)
-        return sparsify.train_loss(model, batch, task_loss, o.sparsity_loss, alpha)
-    return model.parameters(), loss_fn
+def learn_attn(model, o, parent):
+    return sparsify.learn_projections(model, build(parent).to(model.wte.weight.device))
 
 
-def make_moefy(model, o, say):
-    return moefy.split_model(model, o.n_experts, o.expert_size, o.split, o.seed, say)
+def learn_sparsify(model, o, parent):
+    return sparsify.learn(model, task_loss, o.sparsity_loss, o.sparsity_weight, o.sparsity_ramp)
 
 
-def make_router(loss, model, o, say):
-    model.add_routers(loss, o.router_width)
-    return {}
-
-
-def learn_router(model, o):
-    return router.learn(model)
+def router_phase(loss):
+    return Phase('router', 'moefy', 'd2dmoe.pt' if loss == 'norm' else f'd2dmoe-{loss}.pt', 'router_steps', 'router_lr',
+                 lambda model, o, say: model.add_routers(loss, o.router_width),
+                 lambda model, o, parent: router.learn(model), (*LOOP, 'router_lr', 'router_steps', 'router_width'))
 
 
 SAVE_EVERY = 60                     # seconds between checkpoints of a running phase
 LOOP = ('seed', 'batch_size', 'grad_accum', 'weight_decay')
 PHASES = [
-    Phase('base', None, 'base.pt', 'base_steps', 'learning_rate', make_nothing, learn_task,
-          (*LOOP, 'data', 'tokenizer', 'init_from', 'n_layer', 'n_head', 'n_embd', 'block_size', 'activation',
-           'dropout', 'learning_rate', 'base_steps')),
-    Phase('dense', 'base', 'dense.pt', 'sparsify_steps', 'finetune_lr', make_nothing, learn_task,
+    Phase('base', None, 'base.pt', 'base_steps', 'learning_rate', None, learn_task,
+          (*LOOP, 'data', 'val', 'tokenizer', 'arch', 'init_from', 'n_layer', 'n_head', 'n_embd', 'block_size',
+           'activation', 'dropout', 'learning_rate', 'base_steps')),
+    Phase('dense', 'base', 'dense.pt', 'sparsify_steps', 'finetune_lr', None, learn_task,
           (*LOOP, 'finetune_lr', 'sparsify_steps')),
+    Phase('attn', 'base', 'attn.pt', 'attn_steps', 'attn_lr',
+          lambda model, o, say: sparsify.replace_projections(model, o.attn_projections), learn_attn,
+          (*LOOP, 'attn_projections', 'attn_steps', 'attn_lr')),
     Phase('sparsify', 'base', 'sparse.pt', 'sparsify_steps', 'finetune_lr', make_sparsify, learn_sparsify,
           (*LOOP, 'finetune_lr', 'sparsify_steps', 'sparsity_loss', 'sparsity_weight', 'sparsity_ramp')),
-    Phase('moefy', 'sparsify', 'moe.pt', None, None, make_moefy, None,
+    Phase('moefy', 'sparsify', 'moe.pt', None, None,
+          lambda model, o, say: moefy.split_model(model, o.n_experts, o.expert_size, o.split, o.seed, say), None,
           ('seed', 'n_experts', 'expert_size', 'split')),
-    *(Phase('router', 'moefy', 'd2dmoe.pt' if loss == 'norm' else f'd2dmoe-{loss}.pt', 'router_steps', 'router_lr',
-            functools.partial(make_router, loss), learn_router,
-            (*LOOP, 'router_lr', 'router_steps', 'router_width')) for loss in router.LOSSES),
+    *map(router_phase, router.LOSSES),
 ]
-
-
 READ_ONLY = Phase('eval', None, '', None, None, None, None, LOOP)
 
 
 def wanted(name, o):
     """The rows of PHASES called `name`: the router's are one for each loss that was asked for."""
-    rows = [p for p in PHASES if p.name == name]
+    rows = [p for p in PHASES if p.name == name and (name != 'attn' or o.attn_projections)]
     return [row for row, loss in zip(rows, router.LOSSES) if loss in losses(o)] if name == 'router' else rows
 
 
 def file_hash(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()[:16] if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(f.read()).hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def settle(phase, o, typed, parent, own, names):
@@ -442,7 +570,7 @@ def settle(phase, o, typed, parent, own, names):
                            f'or start again with --phase=all --overwrite=1 or another --out_dir')
     if own:
         for name in phase.depends:
-            value = own['options'].get(name)
+            value = own['options'].get(name, getattr(Options, name))         # new since then: its default
             if name not in typed:
                 setattr(o, name, value)
             elif getattr(o, name) != value:
@@ -483,21 +611,19 @@ def run_phase(phase, o, typed, source_path, path, say=print):
         own = None
     make_folder(os.path.dirname(os.path.abspath(path)))
     torch.manual_seed(o.seed)
-    device, corpus = pick_device(o), None
-    if phase.learn:
-        corpus = open_corpus(o, say)
+    device, corpus = pick_device(o), open_corpus(o, say) if phase.learn else None
     if own:
-        model, notes, start = build(own, path), own['metrics'], own['step']
-        say(f'{phase.name:8s}going on at step {start} of {steps}')
+        model, notes = build(own, path), own['metrics']
+        say(f'{phase.name:8s}going on at step {own["step"]} of {steps}')
     else:
-        model, start = build(parent, source_path) if parent else new_model(o, corpus.vocab_size), 0
-        notes = phase.make(model, o, say)
+        model = build(parent, source_path) if parent else new_model(o, corpus)
+        notes = (phase.make and phase.make(model, o, say)) or {}
     model.to(device)
     options = {**(parent or {}).get('options', {}), **{k: getattr(o, k) for k in phase.depends}}
     record = dict(phase=phase.name, steps=steps, options=options, parent=parent_hash,
                   data=corpus.about if corpus else parent.get('data'), metrics=notes)
     if phase.learn:
-        train(phase, model, o, corpus, device, record, path, start, steps, own, say)
+        train(phase, model, o, corpus, device, record, path, parent, own, say)
     save(model, path, step=steps, optimizer=None, rng=torch.get_rng_state(), **record)
     return read_checkpoint(path)
 
@@ -506,16 +632,23 @@ def unfinished(checkpoint):
     return checkpoint['step'] < checkpoint['steps']
 
 
-def new_model(o, vocab_size):
-    if o.init_from:
-        model = build(read_checkpoint(o.init_from), o.init_from)
-        if vocab_size != model.config.vocab_size:
-            raise BadInput(f'--init_from={o.init_from} has {model.config.vocab_size} tokens, --tokenizer='
-                           f'{o.tokenizer} has {vocab_size}')
-        return model
-    return Transformer(Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
-                              block_size=o.block_size, vocab_size=vocab_size, activation=o.activation,
-                              dropout=o.dropout))
+def new_model(o, corpus):
+    if not o.init_from:
+        bert = dict(causal=False, pre_ln=False, n_types=2, head='cls', n_classes=len(corpus.classes), pooler=True,
+                    ln_eps=1e-12) if o.arch == 'bert' else {}
+        return Transformer(Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
+                                  block_size=o.block_size, vocab_size=corpus.vocab_size, activation=o.activation,
+                                  dropout=o.dropout, **bert))
+    model = from_pretrained(o.init_from, n_classes=len(corpus.classes))
+    c, have = model.config, f'--init_from={o.init_from} has'
+    if c.causal != (o.arch == 'gpt') or c.n_classes != len(corpus.classes):
+        raise BadInput(f'{have} {"a GPT" if c.causal else "a BERT"} with {c.n_classes} classes, --arch={o.arch} and '
+                       f'--data={o.data} need {len(corpus.classes)}')
+    if corpus.vocab_size > c.vocab_size or corpus.vocab_size < c.vocab_size and o.tokenizer != 'wordpiece':
+        raise BadInput(f'{have} {c.vocab_size} tokens, --tokenizer={o.tokenizer} has {corpus.vocab_size}')
+    if o.block_size > c.block_size:
+        raise BadInput(f'{have} {c.block_size} positions, fewer than --block_size={o.block_size}')
+    return build(dict(config=asdict(c) | dict(dropout=o.dropout), model=model.state_dict()))
 
 
 def pick_device(o):
@@ -524,10 +657,10 @@ def pick_device(o):
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
-def train(phase, model, o, corpus, device, record, path, start, steps, own, say):
+def train(phase, model, o, corpus, device, record, path, parent, own, say):
     """The loop: AdamW (decay on matrices only), cosine with warm-up, clipping, accumulation, checkpoints."""
-    parameters, loss_fn = phase.learn(model, o)
-    parameters = list(parameters)
+    parameters, loss_fn, *reports = phase.learn(model, o, parent)
+    parameters, steps, start = list(parameters), record['steps'], own['step'] if own else 0
     for p in parameters:
         p.requires_grad_(True)
     model.train(phase.name != 'router')                          # the routers learn on a frozen model
@@ -544,7 +677,7 @@ def train(phase, model, o, corpus, device, record, path, start, steps, own, say)
         model.compile()
     cast = torch.autocast('cuda', torch.bfloat16, enabled=device == 'cuda')
     warmup = max(1, steps // 20)
-    stopped, saved_step, began = [], start, time.time()
+    stopped, saved_step, began, tokens = [], start, time.time(), 0
     logged = saved = began
     handlers = {s: signal.signal(s, lambda *_: stopped.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -554,6 +687,7 @@ def train(phase, model, o, corpus, device, record, path, start, steps, own, say)
                 group['lr'] = rate
             for micro in range(o.grad_accum):
                 batch = get_batch(corpus, o, device, step * o.grad_accum + micro, phase.name)
+                tokens += bench.n_tokens(batch[0])
                 with cast:
                     loss, log = loss_fn(batch, (step + 1) / steps)
                 if not torch.isfinite(loss):
@@ -568,10 +702,9 @@ def train(phase, model, o, corpus, device, record, path, start, steps, own, say)
             now = time.time()
             if now - logged > 5 or step + 1 in (steps, start + 2):
                 logged, speed = now, (step + 1 - start) / (now - began)
-                tokens = speed * o.batch_size * o.grad_accum * o.block_size
                 zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
                 say(f'{phase.name:8s}step {step + 1}/{steps}  loss {log.get("task", loss).item():.4f}{zeros}  '
-                    f'{tokens:,.0f} tokens/s  {clock((steps - step - 1) / speed)} left', flush=True)
+                    f'{tokens / (now - began):,.0f} tokens/s  {clock((steps - step - 1) / speed)} left', flush=True)
             if stopped or now - saved > SAVE_EVERY:
                 save(model, path, step=step + 1, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                      **record)
@@ -583,6 +716,8 @@ def train(phase, model, o, corpus, device, record, path, start, steps, own, say)
         for s, handler in handlers.items():
             signal.signal(s, handler)
     model.eval().requires_grad_(False)
+    for report in reports:
+        record['metrics'] |= report(held_out(corpus, o, device), say)
 
 
 def clock(seconds):
@@ -610,22 +745,12 @@ def evaluation(o, typed, say=print):
         raise BadInput(f'--phase=eval needs {path("d2dmoe.pt")}: make it with python train.py --phase=router')
     corpus = open_corpus(o, say)
     batches = held_out(corpus, o, pick_device(o))
-    spread = np.linspace(0, len(corpus.val) - o.block_size - 1, 16).astype(int)
-    prefill, _ = to_batch(corpus.val, spread, o.block_size, corpus.vocab_size, pick_device(o))
-    rows, zeros = bench.sweep(models, batches, prefill, task_loss, o.rule, o.tau, say)
+    timed = held_out(corpus, o, pick_device(o), *((128, 32) if corpus.classes else (16, 16)))
+    rows, zeros = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, say)
     for row in rows:
         row |= dict(split=o.split, seed=o.seed)
     results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), zeros=zeros, rows=rows)
-    write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
-    bench.print_sweep(rows, zeros, say)
-    if row := next((r for (name, _), r in bench.picked(rows).items() if name in models), None):
-        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
-        with torch.no_grad():
-            model(**prefill, tap=tap)
-        masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
-        write_atomically(path('routing.pt'), functools.partial(       # for python bench.py --routing
-            torch.save, dict(masks=masks, D=o.n_embd, F=model.ffns()[0].w_in.shape[0])))
-    say(f'\n{path("results.json")} has every row' + bench.plot_sweep(rows, path('results.png')))
+    bench.report(models, results, timed[0][0], o.out_dir, say)
     return results
 
 
@@ -636,11 +761,12 @@ def sample(o, typed, say=print):
     files = [p.file for p in PHASES if os.path.isfile(os.path.join(o.out_dir, p.file))]
     if not files:
         raise BadInput(f'--phase=sample finds no checkpoint in --out_dir={o.out_dir}: run python train.py first')
-    newest = max(files, key=lambda f: ([p.file for p in PHASES].index(f) == 4, [p.file for p in PHASES].index(f)))
-    path = os.path.join(o.out_dir, newest)
+    path = os.path.join(o.out_dir, 'd2dmoe.pt' if 'd2dmoe.pt' in files else files[-1])
     data = read_checkpoint(path)
     o, _ = settle(READ_ONLY, o, typed, data, None, (path, ''))
     model = build(data, path).to(pick_device(o))
+    if not model.config.causal:
+        raise BadInput(f'--phase=sample: {path} is a BERT, which labels texts and writes none')
     if model.config.router_loss:
         rule = o.rule or router.USUAL_RULE[model.config.router_loss]
         model.set_rule(rule, 0.1 if o.tau is None else o.tau)
@@ -658,8 +784,13 @@ def run(o, typed, say=print):
     file = {p.name: p.file for p in PHASES if p.name != 'router'}
     if o.phase == 'sample':
         return sample(o, typed, say)
+    distilled = os.path.join(o.out_dir, file['attn'])
+    if 'attn_projections' not in typed and os.path.isfile(distilled):
+        o.attn_projections = read_checkpoint(distilled)['options']['attn_projections']
     names = dict.fromkeys(p.name for p in PHASES) if o.phase == 'all' else [o.phase] if o.phase != 'eval' else []
     for phase in [p for name in names for p in wanted(name, o)]:
+        if phase.name == 'sparsify' and o.attn_projections:
+            phase = phase._replace(source='attn')
         source = phase.source and os.path.join(o.out_dir, file[phase.source])
         run_phase(phase, o, typed, source, os.path.join(o.out_dir, phase.file), say)
     if o.phase in ('all', 'eval'):
@@ -681,12 +812,9 @@ def guarded(job):
     """Run it; whatever the user can mend ends in one sentence and a non-zero exit, not in a traceback."""
     try:
         job()
-    except BadInput as error:
+    except (BadInput, FloatingPointError) as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(3)
+        sys.exit(2 if isinstance(error, BadInput) else 3)
     except KeyboardInterrupt as error:
         print(f'\n{error or "interrupted"}', file=sys.stderr)
         sys.exit(130)
