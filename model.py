@@ -5,18 +5,26 @@
 A converted MLP is the same MLP with its rows sorted: expert e is the slice offsets[e]:offsets[e+1], and a
 router says, per token, which slices to run. With every expert on it is the dense model again.
 
-    from model import load
-    m = load('out/d2dmoe.pt')                         # eval mode, no gradients
+    from model import from_pretrained
+    m = from_pretrained('out/d2dmoe.pt')              # or 'gpt2', or a Hugging Face folder; eval mode, no gradients
     m.set_rule('dynk', tau=0.1)                       # tau = 0 runs everything
     m.generate(idx, 100)
+
+    python model.py export out/d2dmoe.pt DIR          # a folder that transformers loads, and the routing beside it
 
     B batch · L sequence length · T tokens (B * L, less padding) · D n_embd · H heads · F hidden neurons
     E experts (slices) · R router outputs · V vocabulary
 """
 
+import functools
+import http.client
+import json
 import math
 import os
+import re
 import tempfile
+import urllib.error
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple, Optional
 
@@ -422,3 +430,297 @@ def build(data, path='checkpoint'):
 def load(path):
     """A model of ours from a checkpoint of ours, in eval mode and without gradients."""
     return build(read_checkpoint(path), path)
+
+
+# ---------------------------------------------------------------------------------------------- published formats
+
+GPT2 = {'blocks': 'h', 'attn.q': 'attn.c_attn', 'attn.k': 'attn.c_attn', 'attn.v': 'attn.c_attn',
+        'attn.o': 'attn.c_proj', 'mlp.w_in': 'mlp.c_fc.weight', 'mlp.b_in': 'mlp.c_fc.bias',
+        'mlp.w_out': 'mlp.c_proj.weight', 'mlp.b_out': 'mlp.c_proj.bias'}
+BERT = {'wte': 'embeddings.word_embeddings', 'wpe': 'embeddings.position_embeddings',
+        'wtt': 'embeddings.token_type_embeddings', 'ln_e': 'embeddings.LayerNorm', 'blocks': 'encoder.layer',
+        'attn.q': 'attention.self.query', 'attn.k': 'attention.self.key', 'attn.v': 'attention.self.value',
+        'attn.o': 'attention.output.dense', 'ln_1': 'attention.output.LayerNorm', 'ln_2': 'output.LayerNorm',
+        'mlp.w_in': 'intermediate.dense.weight', 'mlp.b_in': 'intermediate.dense.bias',
+        'mlp.w_out': 'output.dense.weight', 'mlp.b_out': 'output.dense.bias', 'pooler': 'pooler.dense',
+        'mlm.dense': 'cls.predictions.transform.dense', 'mlm.ln': 'cls.predictions.transform.LayerNorm',
+        'mlm_bias': 'cls.predictions.bias'}
+TIED = {'lm_head.weight': 'wte.weight', 'cls.predictions.decoder.weight': 'wte.weight',
+        'cls.predictions.decoder.bias': 'mlm_bias'}              # stored twice by some; ours: once
+EXTRAS = r'h\.\d+\.attn\.(masked_)?bias|(embeddings\.)?position_ids|cls\.seq_relationship\.(weight|bias)'
+ACTS = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu='relu')
+ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+            is_decoder=False, position_embedding_type='absolute')    # what our Transformer computes
+NAMES = dict.fromkeys(('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), 'openai-community/') | \
+    dict.fromkeys(('bert-base-uncased', 'bert-large-uncased'), 'google-bert/')
+WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+
+
+def published(model):
+    """{their name: [(our name, parameter), ...]}: one each, three for GPT-2's fused q, k, v; routers are not theirs."""
+    table, out = GPT2 if model.config.causal else BERT, {}
+    pattern = re.compile(rf'\b({"|".join(table)})\b')
+    for name, p in model.named_parameters():
+        if '.router.' not in name:
+            out.setdefault(pattern.sub(lambda m: table[m[0]], name), []).append((name, p))
+    return out
+
+
+def is_turned(name, p, conv):
+    """Whether a file holds our matrix transposed: nn.Linear keeps (out, in), Conv1D (in, out), ours are neuron-major."""
+    return name.startswith('blocks') and p.dim() == 2 and name.endswith('w_out') != conv
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            data = json.load(f)
+    except (OSError, ValueError) as error:
+        raise BadInput(f'{path}: not readable, perhaps missing or cut short ({error})') from None
+    if not isinstance(data, dict):
+        raise BadInput(f'{path}: should hold one JSON object')
+    return data
+
+
+def shards(index):
+    """The files that an index names, all beside it."""
+    files = sorted(set(read_json(index).get('weight_map', {}).values()))
+    if not files or any(os.path.basename(f) != f for f in files):
+        raise BadInput(f'{index}: its weight_map should name files beside it')
+    return files
+
+
+def fetch(name):
+    """Download a published model into torch.hub's folder, unless it is there; returns the folder."""
+    repo = NAMES.get(name, '') + name
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
+        raise BadInput(f'{name}: neither a folder, nor a checkpoint, nor one of {", ".join(NAMES)} or owner/name')
+    folder = os.path.join(torch.hub.get_dir(), 'd2dmoe', repo.replace('/', '--'))
+    url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + f'/{repo}/resolve/main/'
+
+    def get(file):
+        path = os.path.join(folder, file)
+        if not os.path.isfile(path):
+            torch.hub.download_url_to_file(url + file, path)     # to a temporary file first, with a progress bar
+        return path
+
+    try:
+        os.makedirs(folder, exist_ok=True)
+        get('config.json')
+        for file in WEIGHTS:
+            try:
+                for shard in shards(get(file)) if file.endswith('.json') else ():
+                    get(shard)
+                return folder
+            except urllib.error.HTTPError as error:
+                if error.code != 404 or file == WEIGHTS[-1]:
+                    raise
+    except (OSError, http.client.HTTPException) as error:        # URLError and HTTPError are OSErrors
+        raise BadInput(f'{name}: cannot be downloaded from {url} ({error}); offline, give a folder that holds its '
+                       f'config.json and model.safetensors') from None
+
+
+def read_tensors(path):
+    """{name: function that maps the tensor} of one file. Each call maps anew, so that no page stays behind."""
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors import safe_open
+
+            def read(name):
+                with safe_open(path, 'pt') as f:
+                    return f.get_tensor(name)
+            with safe_open(path, 'pt') as f:
+                return {name: functools.partial(read, name) for name in f.keys()}
+        mapped = zipfile.is_zipfile(path)                        # what torch < 1.6 wrote cannot be mapped
+        load_file = functools.partial(torch.load, path, map_location='cpu', mmap=mapped, weights_only=True)
+        data = load_file()
+        if not all(map(torch.is_tensor, data.values())):
+            raise ValueError('it should hold a dict of tensors')
+        return {name: (lambda name=name: load_file()[name]) if mapped else functools.partial(data.pop, name)
+                for name in data}
+    except ImportError:
+        raise BadInput(f'{path} needs the safetensors package: pip install safetensors') from None
+    except Exception as error:                                   # each library has kinds of its own for bad files
+        raise BadInput(f'{path}: not readable, perhaps missing or cut short '
+                       f'({str(error).splitlines()[0][:100]})') from None
+
+
+def published_config(j, tensors, path):
+    """Our Config for a config.json and the tensors beside it."""
+    kind = j.get('model_type', 'bert' if 'hidden_size' in j else 'gpt2')
+    if kind not in ('gpt2', 'bert'):
+        raise BadInput(f'{path}: model_type {kind!r} is neither gpt2 nor bert')
+    act = j.get('activation_function', 'gelu_new') if kind == 'gpt2' else j.get('hidden_act', 'gelu')
+    if act not in ACTS:
+        raise BadInput(f'{path}: activation {act!r} is none of {", ".join(ACTS)}')
+    for key, value in ONLY.items():
+        if j.get(key, value) != value:
+            raise BadInput(f'{path}: {key}={j[key]} is not supported, only {value}')
+    try:
+        if kind == 'gpt2':
+            return Config(n_layer=j['n_layer'], n_head=j['n_head'], n_embd=j['n_embd'], vocab_size=j['vocab_size'],
+                          n_hidden=j.get('n_inner') or 4 * j['n_embd'], block_size=j.get('n_positions', 1024),
+                          activation=ACTS[act], ln_eps=j.get('layer_norm_epsilon', 1e-5))
+        pooler, mlm = 'pooler.dense.weight' in tensors, 'cls.predictions.bias' in tensors
+        cls = pooler and 'classifier.bias' in tensors            # without a pooler it is a head for tokens
+        return Config(n_layer=j['num_hidden_layers'], n_head=j['num_attention_heads'], n_embd=j['hidden_size'],
+                      n_hidden=j['intermediate_size'], block_size=j['max_position_embeddings'],
+                      vocab_size=j['vocab_size'], n_types=j['type_vocab_size'], activation=ACTS[act], causal=False,
+                      pre_ln=False, head='cls' if cls else 'mlm' if mlm else None, pooler=pooler,
+                      n_classes=len(tensors['classifier.bias']()) if cls else 0, ln_eps=j.get('layer_norm_eps', 1e-12))
+    except KeyError as missing:
+        raise BadInput(f'{path}: has no {missing}') from None
+
+
+def read_routing(folder, config):
+    """What export wrote beside a plain model: fills the routing in `config`, returns offsets, owners and routers."""
+    path, state = os.path.join(folder, 'd2dmoe.json'), {}
+    if not os.path.isfile(path):
+        return {f'blocks.{i}.mlp.offsets': torch.tensor([0, config.n_hidden]).int() for i in range(config.n_layer)}
+    try:
+        j = read_json(path)
+        for i, mlp in enumerate(j['mlps']):
+            sizes, owners = torch.tensor(mlp['sizes']), mlp['owners']
+            if sizes.min() < 0 or sizes.sum() != config.n_hidden:
+                raise ValueError(f'the sizes of layer {i} do not sum up to {config.n_hidden}')
+            state[f'blocks.{i}.mlp.offsets'] = F.pad(sizes.cumsum(0), (1, 0)).int()
+            if owners is not None:
+                state[f'blocks.{i}.mlp.owners'] = torch.tensor(owners, dtype=torch.bool)
+            config.n_slices.append(len(sizes))
+            config.n_outputs.append(len(owners or ()))
+        config.rule, config.tau = j['rule'], j['tau']
+        config.router_loss, config.router_width = j['router_loss'], j['router_width']
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise error if isinstance(error, BadInput) else BadInput(f'{path}: not what export writes ({error})') from None
+    if config.router_loss:
+        state |= {name: read().clone() for name, read in read_tensors(os.path.join(folder, 'routers.safetensors')).items()}
+    return state
+
+
+def read_folder(folder):
+    """(Config, state dict in fp32) of a Hugging Face folder. BadInput names the tensor that does not fit."""
+    path = os.path.join(folder, 'config.json')
+    j = read_json(path)
+    first = next((f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))), None)
+    if first is None:
+        raise BadInput(f'{folder}: holds neither model.safetensors nor pytorch_model.bin')
+    files = shards(os.path.join(folder, first)) if first.endswith('.json') else [first]
+    raw = {name: read for f in files for name, read in read_tensors(os.path.join(folder, f)).items()}
+    prefix = next((m[1] for m in (re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', n) for n in raw) if m), '')
+    tensors = {name.removeprefix(prefix).replace('LayerNorm.gamma', 'LayerNorm.weight')      # TensorFlow's names
+               .replace('LayerNorm.beta', 'LayerNorm.bias'): read for name, read in raw.items()}
+    config = published_config(j, tensors, path)
+    state, conv = read_routing(folder, config), config.causal
+    try:
+        with torch.device('meta'):
+            model = Transformer(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f'{path}: {error}') from None
+    for theirs, ours in published(model).items():
+        if theirs not in tensors:
+            raise BadInput(f'{folder}: has no tensor {prefix}{theirs}')
+        t = tensors.pop(theirs)()
+        if theirs.endswith('c_attn.weight'):                     # first of its layer and never square: which layout?
+            conv = t.shape[0] != 3 * config.n_embd
+        turned = is_turned(*ours[0], conv)
+        shape = [len(ours) * len(ours[0][1]), *ours[0][1].shape[1:]]
+        if list(t.shape) != (shape[::-1] if turned else shape):
+            raise BadInput(f'{folder}: tensor {prefix}{theirs} has the shape {list(t.shape)}, its config.json asks for '
+                           f'{shape[::-1] if turned else shape}')
+        for (name, p), part in zip(ours, (t.T if turned else t).chunk(len(ours))):
+            state[name] = torch.empty(p.shape).copy_(part)
+    for name, read in tensors.items():
+        if name in TIED and TIED[name] in state and not torch.equal(read().float(), state[TIED[name]]):
+            raise BadInput(f'{folder}: tensor {name} differs from the embedding; only tied ones are supported')
+        if name not in TIED and not re.fullmatch(EXTRAS, name):
+            raise BadInput(f'{folder}: tensor {name} is not one that a {"GPT-2" if config.causal else "BERT"} has')
+    return config, state
+
+
+def from_pretrained(where, n_classes=0):
+    """A Hugging Face folder, a published name or a checkpoint of ours -> Transformer in eval mode, without gradients.
+
+    n_classes > 0 puts a fresh classification head on a BERT, unless it has one of that size. Every tensor of a
+    folder is used or one of EXTRAS, every parameter is filled and every shape fits, or BadInput names the tensor.
+    """
+    where = os.fspath(where)
+    if os.path.isdir(where) and not os.path.exists(os.path.join(where, 'config.json')):
+        where = os.path.join(where, 'd2dmoe.pt')                 # what export writes where it cannot write theirs
+    if where.endswith('.pt') or os.path.isfile(where):
+        data = read_checkpoint(where)
+        config, state = dict(data['config']), data['model']
+    else:
+        config, state = read_folder(where if os.path.isdir(where) else fetch(where))
+        config = asdict(config)
+    if n_classes and (config['head'], config['n_classes']) != ('cls', n_classes):
+        if config['causal']:
+            raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
+        state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
+        D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
+        for name, n in dict(pooler=D, classifier=n_classes).items():
+            state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
+            state.setdefault(f'{name}.bias', torch.zeros(n))
+    return build(dict(config=config, model=state), where)
+
+
+def export(path, folder, say=print):
+    """Write a checkpoint of ours as a plain GPT-2 or BERT folder for transformers, and its routing beside it.
+
+    Neurons stay sorted, which changes nothing for a dense model. from_pretrained(folder) restores the routing.
+    """
+    model = load(path)
+    c = model.config
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise BadInput(f'{folder}: exists and is not an empty folder; give another')
+    os.makedirs(folder, exist_ok=True)
+    inside = functools.partial(os.path.join, folder)
+    why = 'attention projections were replaced by MLPs' if c.projections else \
+        'it is neither a GPT-2 nor a BERT' if c.causal != c.pre_ln or not c.causal and not c.n_types else \
+        'BERT has a pooler before its classification head' if c.head == 'cls' and not c.pooler else ''
+    if why:
+        save(model, inside('d2dmoe.pt'))
+        say(f'{path}: {why}, so transformers cannot load it; {inside("d2dmoe.pt")} is in our own format only')
+        return
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise BadInput('export needs the safetensors package: pip install safetensors') from None
+    tensors = {}
+    for theirs, ours in published(model).items():
+        own = theirs.startswith(('cls.', 'classifier.'))
+        parts = [p.T if is_turned(name, p, c.causal) else p for name, p in ours]
+        tensors[theirs if own else ('transformer.' if c.causal else 'bert.') + theirs] = torch.cat(parts, -1).contiguous()
+    act = {ours: theirs for theirs, ours in reversed(ACTS.items())}[c.activation]
+    config = dict(vocab_size=c.vocab_size, tie_word_embeddings=True)
+    if c.causal:
+        end = 50256 if c.vocab_size == 50257 else None
+        config |= dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], n_layer=c.n_layer, n_head=c.n_head,
+                       n_embd=c.n_embd, n_inner=c.n_hidden, n_positions=c.block_size, activation_function=act,
+                       layer_norm_epsilon=c.ln_eps, bos_token_id=end, eos_token_id=end)
+    else:
+        kind = dict(mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head, 'BertModel')
+        config |= dict(model_type='bert', architectures=[kind], num_hidden_layers=c.n_layer, hidden_act=act,
+                       num_attention_heads=c.n_head, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
+                       max_position_embeddings=c.block_size, type_vocab_size=c.n_types, layer_norm_eps=c.ln_eps,
+                       id2label={i: f'LABEL_{i}' for i in range(c.n_classes or 2)})
+    routers = {name: t.contiguous() for name, t in model.state_dict().items() if '.router.' in name}
+    for file, part in (('model.safetensors', tensors), ('routers.safetensors', routers)):
+        if part:
+            write_atomically(inside(file), lambda t: save_file(part, t, metadata=dict(format='pt')))
+    mlps = [dict(sizes=mlp.offsets.diff().tolist(), offsets=mlp.offsets.tolist(),
+                 owners=None if mlp.owners is None else mlp.owners.tolist()) for mlp in model.mlps()]
+    routing = dict(router_loss=c.router_loss, router_width=c.router_width, rule=c.rule, tau=c.tau, mlps=mlps)
+    for file, j in (('d2dmoe.json', routing if c.n_slices else None), ('config.json', config)):  # config.json last: then all is there
+        if j:
+            write_atomically(inside(file), lambda t: open(t, 'w').write(json.dumps(j, indent=1)))
+    say(f'{folder}: {len(tensors)} tensors for transformers' + (f', {len(routers)} of routers' if routers else ''))
+
+
+if __name__ == '__main__':
+    import sys
+
+    import model as this                                         # train knows this module, not __main__
+    import train
+    if len(sys.argv) != 4 or sys.argv[1] != 'export':
+        sys.exit('usage: python model.py export out/d2dmoe.pt DIR')
+    train.guarded(lambda: this.export(*sys.argv[2:]))

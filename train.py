@@ -42,7 +42,7 @@ import moefy
 import router
 import sparsify
 from kernel import ACTIVATIONS
-from model import BadInput, Config, Transformer, build, read_checkpoint, save, write_atomically
+from model import BadInput, Config, Transformer, build, from_pretrained, read_checkpoint, save, write_atomically
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -57,7 +57,7 @@ class Options:
     data: str = 'stdlib'             # stdlib, a text file, a folder of them, or one with train.bin and val.bin
     tokenizer: str = 'bytes'         # bytes, gpt2
     # model
-    init_from: str = ''              # a checkpoint of ours instead of a new model
+    init_from: str = ''              # gpt2, owner/name, a Hugging Face folder or a checkpoint of ours
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 256                # the FFN has 4 n_embd neurons
@@ -508,7 +508,7 @@ def unfinished(checkpoint):
 
 def new_model(o, vocab_size):
     if o.init_from:
-        model = build(read_checkpoint(o.init_from), o.init_from)
+        model = from_pretrained(o.init_from)
         if vocab_size != model.config.vocab_size:
             raise BadInput(f'--init_from={o.init_from} has {model.config.vocab_size} tokens, --tokenizer='
                            f'{o.tokenizer} has {vocab_size}')
