@@ -26,6 +26,7 @@ import tempfile
 import urllib.error
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
@@ -448,9 +449,17 @@ BERT = {'wte': 'embeddings.word_embeddings', 'wpe': 'embeddings.position_embeddi
 TIED = {'lm_head.weight': 'wte.weight', 'cls.predictions.decoder.weight': 'wte.weight',
         'cls.predictions.decoder.bias': 'mlm_bias'}              # stored twice by some; ours: once
 EXTRAS = r'h\.\d+\.attn\.(masked_)?bias|(embeddings\.)?position_ids|cls\.seq_relationship\.(weight|bias)'
-ACTS = dict(gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', gelu='gelu', relu='relu')
+KEYS = {True: dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', n_hidden='n_inner', block_size='n_positions',
+                   vocab_size='vocab_size', activation='activation_function', ln_eps='layer_norm_epsilon'),
+        False: dict(n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size',
+                    n_hidden='intermediate_size', block_size='max_position_embeddings', vocab_size='vocab_size',
+                    activation='hidden_act', ln_eps='layer_norm_eps', n_types='type_vocab_size')}    # by `causal`
+DEFAULTS = dict(n_positions=1024, activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
+                hidden_act='gelu', layer_norm_eps=1e-12)
+ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', relu='relu')
 ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
             is_decoder=False, position_embedding_type='absolute')    # what our Transformer computes
+ROUTING = ('n_slices', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau')
 NAMES = dict.fromkeys(('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), 'openai-community/') | \
     dict.fromkeys(('bert-base-uncased', 'bert-large-uncased'), 'google-bert/')
 WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
@@ -467,7 +476,7 @@ def published(model):
 
 
 def is_turned(name, p, conv):
-    """Whether a file holds our matrix transposed: nn.Linear keeps (out, in), Conv1D (in, out), ours are neuron-major."""
+    """Does a file hold our matrix transposed? nn.Linear keeps (out, in), Conv1D (in, out), our MLPs neuron-major."""
     return name.startswith('blocks') and p.dim() == 2 and name.endswith('w_out') != conv
 
 
@@ -550,51 +559,34 @@ def published_config(j, tensors, path):
     kind = j.get('model_type', 'bert' if 'hidden_size' in j else 'gpt2')
     if kind not in ('gpt2', 'bert'):
         raise BadInput(f'{path}: model_type {kind!r} is neither gpt2 nor bert')
-    act = j.get('activation_function', 'gelu_new') if kind == 'gpt2' else j.get('hidden_act', 'gelu')
-    if act not in ACTS:
-        raise BadInput(f'{path}: activation {act!r} is none of {", ".join(ACTS)}')
-    for key, value in ONLY.items():
-        if j.get(key, value) != value:
-            raise BadInput(f'{path}: {key}={j[key]} is not supported, only {value}')
-    try:
-        if kind == 'gpt2':
-            return Config(n_layer=j['n_layer'], n_head=j['n_head'], n_embd=j['n_embd'], vocab_size=j['vocab_size'],
-                          n_hidden=j.get('n_inner') or 4 * j['n_embd'], block_size=j.get('n_positions', 1024),
-                          activation=ACTS[act], ln_eps=j.get('layer_norm_epsilon', 1e-5))
-        pooler, mlm = 'pooler.dense.weight' in tensors, 'cls.predictions.bias' in tensors
-        cls = pooler and 'classifier.bias' in tensors            # without a pooler it is a head for tokens
-        return Config(n_layer=j['num_hidden_layers'], n_head=j['num_attention_heads'], n_embd=j['hidden_size'],
-                      n_hidden=j['intermediate_size'], block_size=j['max_position_embeddings'],
-                      vocab_size=j['vocab_size'], n_types=j['type_vocab_size'], activation=ACTS[act], causal=False,
-                      pre_ln=False, head='cls' if cls else 'mlm' if mlm else None, pooler=pooler,
-                      n_classes=len(tensors['classifier.bias']()) if cls else 0, ln_eps=j.get('layer_norm_eps', 1e-12))
-    except KeyError as missing:
-        raise BadInput(f'{path}: has no {missing}') from None
+    if wrong := [key for key, value in ONLY.items() if j.get(key, value) != value]:
+        raise BadInput(f'{path}: {wrong[0]}={j[wrong[0]]} is not supported, only {ONLY[wrong[0]]}')
+    j, keys = DEFAULTS | j, KEYS[kind == 'gpt2']
+    if missing := [key for key in keys.values() if key not in j]:
+        raise BadInput(f'{path}: has no {missing[0]}')
+    c = Config(**{ours: j[theirs] for ours, theirs in keys.items()}, causal=kind == 'gpt2', pre_ln=kind == 'gpt2')
+    if c.activation not in ACTS:
+        raise BadInput(f'{path}: activation {c.activation!r} is none of {", ".join(ACTS)}')
+    c.activation, c.n_hidden = ACTS[c.activation], c.n_hidden or 4 * c.n_embd
+    if kind == 'bert':
+        c.pooler = 'pooler.dense.weight' in tensors
+        c.head = 'mlm' if 'cls.predictions.bias' in tensors else None
+        if c.pooler and 'classifier.bias' in tensors:            # without a pooler it is a head for tokens
+            c.head, c.n_classes = 'cls', len(tensors['classifier.bias']())
+    return c
 
 
 def read_routing(folder, config):
     """What export wrote beside a plain model: fills the routing in `config`, returns offsets, owners and routers."""
-    path, state = os.path.join(folder, 'd2dmoe.json'), {}
+    path = os.path.join(folder, 'd2dmoe.json')
     if not os.path.isfile(path):
         return {f'blocks.{i}.mlp.offsets': torch.tensor([0, config.n_hidden]).int() for i in range(config.n_layer)}
-    try:
-        j = read_json(path)
-        for i, mlp in enumerate(j['mlps']):
-            sizes, owners = torch.tensor(mlp['sizes']), mlp['owners']
-            if sizes.min() < 0 or sizes.sum() != config.n_hidden:
-                raise ValueError(f'the sizes of layer {i} do not sum up to {config.n_hidden}')
-            state[f'blocks.{i}.mlp.offsets'] = F.pad(sizes.cumsum(0), (1, 0)).int()
-            if owners is not None:
-                state[f'blocks.{i}.mlp.owners'] = torch.tensor(owners, dtype=torch.bool)
-            config.n_slices.append(len(sizes))
-            config.n_outputs.append(len(owners or ()))
-        config.rule, config.tau = j['rule'], j['tau']
-        config.router_loss, config.router_width = j['router_loss'], j['router_width']
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise error if isinstance(error, BadInput) else BadInput(f'{path}: not what export writes ({error})') from None
-    if config.router_loss:
-        state |= {name: read().clone() for name, read in read_tensors(os.path.join(folder, 'routers.safetensors')).items()}
-    return state
+    j = read_json(path)
+    if missing := set(ROUTING) - j.keys():
+        raise BadInput(f'{path}: has no {sorted(missing)[0]}')
+    for key in ROUTING:
+        setattr(config, key, j[key])
+    return {name: read().clone() for name, read in read_tensors(os.path.join(folder, 'routers.safetensors')).items()}
 
 
 def read_folder(folder):
@@ -606,7 +598,8 @@ def read_folder(folder):
         raise BadInput(f'{folder}: holds neither model.safetensors nor pytorch_model.bin')
     files = shards(os.path.join(folder, first)) if first.endswith('.json') else [first]
     raw = {name: read for f in files for name, read in read_tensors(os.path.join(folder, f)).items()}
-    prefix = next((m[1] for m in (re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', n) for n in raw) if m), '')
+    found = [re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', name) for name in raw]
+    prefix = next((m[1] for m in found if m), '')
     tensors = {name.removeprefix(prefix).replace('LayerNorm.gamma', 'LayerNorm.weight')      # TensorFlow's names
                .replace('LayerNorm.beta', 'LayerNorm.bias'): read for name, read in raw.items()}
     config = published_config(j, tensors, path)
@@ -614,7 +607,7 @@ def read_folder(folder):
     try:
         with torch.device('meta'):
             model = Transformer(config)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f'{path}: {error}') from None
     for theirs, ours in published(model).items():
         if theirs not in tensors:
@@ -668,52 +661,45 @@ def export(path, folder, say=print):
 
     Neurons stay sorted, which changes nothing for a dense model. from_pretrained(folder) restores the routing.
     """
-    model = load(path)
+    model, inside = load(path), functools.partial(os.path.join, folder)
     c = model.config
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise BadInput(f'{folder}: exists and is not an empty folder; give another')
     os.makedirs(folder, exist_ok=True)
-    inside = functools.partial(os.path.join, folder)
     why = 'attention projections were replaced by MLPs' if c.projections else \
-        'it is neither a GPT-2 nor a BERT' if c.causal != c.pre_ln or not c.causal and not c.n_types else \
+        'it is neither a GPT-2 nor a BERT' if c.causal != c.pre_ln or c.causal == bool(c.n_types) else \
         'BERT has a pooler before its classification head' if c.head == 'cls' and not c.pooler else ''
     if why:
         save(model, inside('d2dmoe.pt'))
-        say(f'{path}: {why}, so transformers cannot load it; {inside("d2dmoe.pt")} is in our own format only')
-        return
+        return say(f'{path}: {why}: no plain model for transformers; {inside("d2dmoe.pt")} is in our own format only')
     try:
         from safetensors.torch import save_file
     except ImportError:
         raise BadInput('export needs the safetensors package: pip install safetensors') from None
-    tensors = {}
+    tensors, prefix = {}, 'transformer.' if c.causal else 'bert.'
     for theirs, ours in published(model).items():
-        own = theirs.startswith(('cls.', 'classifier.'))
-        parts = [p.T if is_turned(name, p, c.causal) else p for name, p in ours]
-        tensors[theirs if own else ('transformer.' if c.causal else 'bert.') + theirs] = torch.cat(parts, -1).contiguous()
-    act = {ours: theirs for theirs, ours in reversed(ACTS.items())}[c.activation]
-    config = dict(vocab_size=c.vocab_size, tie_word_embeddings=True)
-    if c.causal:
-        end = 50256 if c.vocab_size == 50257 else None
-        config |= dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], n_layer=c.n_layer, n_head=c.n_head,
-                       n_embd=c.n_embd, n_inner=c.n_hidden, n_positions=c.block_size, activation_function=act,
-                       layer_norm_epsilon=c.ln_eps, bos_token_id=end, eos_token_id=end)
-    else:
-        kind = dict(mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head, 'BertModel')
-        config |= dict(model_type='bert', architectures=[kind], num_hidden_layers=c.n_layer, hidden_act=act,
-                       num_attention_heads=c.n_head, hidden_size=c.n_embd, intermediate_size=c.n_hidden,
-                       max_position_embeddings=c.block_size, type_vocab_size=c.n_types, layer_norm_eps=c.ln_eps,
-                       id2label={i: f'LABEL_{i}' for i in range(c.n_classes or 2)})
-    routers = {name: t.contiguous() for name, t in model.state_dict().items() if '.router.' in name}
-    for file, part in (('model.safetensors', tensors), ('routers.safetensors', routers)):
-        if part:
-            write_atomically(inside(file), lambda t: save_file(part, t, metadata=dict(format='pt')))
-    mlps = [dict(sizes=mlp.offsets.diff().tolist(), offsets=mlp.offsets.tolist(),
-                 owners=None if mlp.owners is None else mlp.owners.tolist()) for mlp in model.mlps()]
-    routing = dict(router_loss=c.router_loss, router_width=c.router_width, rule=c.rule, tau=c.tau, mlps=mlps)
-    for file, j in (('d2dmoe.json', routing if c.n_slices else None), ('config.json', config)):  # config.json last: then all is there
-        if j:
-            write_atomically(inside(file), lambda t: open(t, 'w').write(json.dumps(j, indent=1)))
-    say(f'{folder}: {len(tensors)} tensors for transformers' + (f', {len(routers)} of routers' if routers else ''))
+        t = torch.cat([p.T if is_turned(name, p, c.causal) else p for name, p in ours], -1).contiguous()
+        tensors[theirs if theirs.startswith(('cls.', 'classifier.')) else prefix + theirs] = t
+    kind = dict(lm='GPT2LMHeadModel', mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head)
+    end = 50256 if c.vocab_size == 50257 else None               # GPT-2's default is beyond a smaller vocabulary
+    config = {theirs: getattr(c, ours) for ours, theirs in KEYS[c.causal].items()} | dict(
+        model_type='gpt2' if c.causal else 'bert', tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
+        architectures=[kind or ('GPT2Model' if c.causal else 'BertModel')])
+    config[KEYS[c.causal]['activation']] = {'gelu_tanh': 'gelu_new'}.get(c.activation, c.activation)
+    if c.head == 'cls':
+        config['id2label'] = {i: f'LABEL_{i}' for i in range(c.n_classes)}
+    files = {'model.safetensors': tensors}
+    if c.n_slices:
+        files['routers.safetensors'] = {name: t.contiguous() for name, t in model.state_dict().items()
+                                        if name.endswith(('.offsets', '.owners')) or '.router.' in name}
+        files['d2dmoe.json'] = {key: getattr(c, key) for key in ROUTING} | dict(mlps=[
+            dict(sizes=mlp.offsets.diff().tolist(), offsets=mlp.offsets.tolist(),
+                 owners=None if mlp.owners is None else mlp.owners.int().tolist()) for mlp in model.mlps()])
+    files['config.json'] = config                                # last: a folder that has it has everything
+    for file, content in files.items():
+        write_atomically(inside(file), lambda t: Path(t).write_text(json.dumps(content, indent=1))
+                         if file.endswith('.json') else save_file(content, t, metadata=dict(format='pt')))
+    say(f'{folder}: {", ".join(files)}')
 
 
 if __name__ == '__main__':
