@@ -400,6 +400,11 @@ def save(model, path, **extra):
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
 
+def reason(error):
+    """The first line of an exception of somebody else's, or its kind: some say nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 def read_checkpoint(path):
     """The dict of a checkpoint, its tensors mapped from the file. BadInput if it is none."""
     if not os.path.isfile(path):
@@ -408,7 +413,7 @@ def read_checkpoint(path):
         data = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
     except Exception as error:                                   # torch raises half a dozen kinds for bad files
         raise BadInput(f'{path}: not a readable checkpoint, perhaps cut short '
-                         f'({str(error).splitlines()[0][:100]})') from None
+                         f'({reason(error)})') from None
     if not isinstance(data, dict) or not {'config', 'model'} <= data.keys():
         raise BadInput(f'{path}: not a d2dmoe checkpoint (it has no config and model)')
     return data
@@ -516,9 +521,10 @@ def fetch(name):
     try:
         os.makedirs(folder, exist_ok=True)
         get('config.json')
-        for file in WEIGHTS:
+        for file in [f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))] or WEIGHTS:
             try:
-                for shard in shards(get(file)) if file.endswith('.json') else ():
+                path = get(file)
+                for shard in shards(path) if file.endswith('.json') else ():
                     get(shard)
                 return folder
             except urllib.error.HTTPError as error:
@@ -551,7 +557,7 @@ def read_tensors(path):
         raise BadInput(f'{path} needs the safetensors package: pip install safetensors') from None
     except Exception as error:                                   # each library has kinds of its own for bad files
         raise BadInput(f'{path}: not readable, perhaps missing or cut short '
-                       f'({str(error).splitlines()[0][:100]})') from None
+                       f'({reason(error)})') from None
 
 
 def published_config(j, tensors, path):
@@ -580,7 +586,7 @@ def read_routing(folder, config):
     """What export wrote beside a plain model: fills the routing in `config`, returns offsets, owners and routers."""
     path = os.path.join(folder, 'd2dmoe.json')
     if not os.path.isfile(path):
-        return {f'blocks.{i}.mlp.offsets': torch.tensor([0, config.n_hidden]).int() for i in range(config.n_layer)}
+        return {}
     j = read_json(path)
     if missing := set(ROUTING) - j.keys():
         raise BadInput(f'{path}: has no {sorted(missing)[0]}')
@@ -609,6 +615,8 @@ def read_folder(folder):
             model = Transformer(config)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f'{path}: {error}') from None
+    for i in range(config.n_layer):                              # one expert, unless routing says otherwise
+        state.setdefault(f'blocks.{i}.mlp.offsets', torch.tensor([0, config.n_hidden], dtype=torch.int32))
     for theirs, ours in published(model).items():
         if theirs not in tensors:
             raise BadInput(f'{folder}: has no tensor {prefix}{theirs}')
@@ -637,8 +645,8 @@ def from_pretrained(where, n_classes=0):
     folder is used or one of EXTRAS, every parameter is filled and every shape fits, or BadInput names the tensor.
     """
     where = os.fspath(where)
-    if os.path.isdir(where) and not os.path.exists(os.path.join(where, 'config.json')):
-        where = os.path.join(where, 'd2dmoe.pt')                 # what export writes where it cannot write theirs
+    if os.path.exists(os.path.join(where, 'd2dmoe.pt')):         # what export writes where it cannot write theirs
+        where = os.path.join(where, 'd2dmoe.pt')
     if where.endswith('.pt') or os.path.isfile(where):
         data = read_checkpoint(where)
         config, state = dict(data['config']), data['model']

@@ -1087,7 +1087,7 @@ def test_a_real_bert_agrees_with_transformers():
         with torch.no_grad():
             close(m.encode(idx, mask)[mask], hf(idx, attention_mask=mask.long())[0][mask])
     m = M.from_pretrained(mini_lm(), n_classes=7)
-    assert m(idx).shape == (1, 7) and m.pooler.weight.std() > 0.01
+    assert m(idx).shape == (1, 7)
     assert torch.equal(m.pooler.weight, hf.pooler.dense.weight)
 
 
@@ -1209,7 +1209,7 @@ def test_names_are_downloaded_once(tmp_path, monkeypatch, capsys):
     try:
         for _ in range(2):
             close(M.from_pretrained('gpt2')(idx), hf(idx).logits)
-            assert len([p for p in served if not p.endswith('.safetensors') and 'safetensors.index' not in p]) == 5
+            assert [p.rsplit('/', 1)[1] for p in served[:5]] == ['config.json', *M.WEIGHTS] and len(served) == 8
         with pytest.raises(M.BadInput, match='someone/nothing: cannot be downloaded .*404'):
             M.from_pretrained('someone/nothing')
     finally:
@@ -1284,18 +1284,17 @@ def test_export_of_replaced_projections_is_our_own_format(tmp_path):
 
 
 MEMORY = '''
-import os, resource, sys, time
-import model, torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-began = time.time()
+import re, sys, time
+import model
+peak = lambda: int(re.search('VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024   # ru_maxrss is inherited
+before, began = peak(), time.time()
 m = model.from_pretrained(sys.argv[1])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(before // 1024, after // 1024, sum(p.nbytes for p in m.parameters()) >> 20, max(p.nbytes for p in m.parameters()) >> 20)
-print(f'{time.time() - began:.1f} s', file=sys.stderr)
+sizes = [p.nbytes >> 20 for p in m.parameters()]
+print(before, peak(), sum(p.nbytes for p in m.parameters()) >> 20, max(sizes), round(1000 * (time.time() - began)))
 '''
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss is in KiB on Linux')
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('form', ['safetensors', 'bin'])
 def test_loading_124m_parameters_needs_little_more_memory_than_they(form, tmp_path):
     transformers = pytest.importorskip('transformers')
@@ -1305,5 +1304,6 @@ def test_loading_124m_parameters_needs_little_more_memory_than_they(form, tmp_pa
     folder = write_folder(tmp_path / 'hf', hf, tensors, form)
     done = subprocess.run([sys.executable, '-c', MEMORY, str(folder)], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    before, after, size, largest = map(int, done.stdout.split())
-    assert size == 474 and after < size + largest + 300, (before, after, size, largest)
+    before, peak, size, largest, ms = map(int, done.stdout.split())
+    print(f'{before} MiB before, {peak} MiB peak, {size} MiB of parameters, {largest} MiB the largest, {ms} ms')
+    assert size == 474 and peak < size + largest + 300
