@@ -512,6 +512,8 @@ def new_model(o, vocab_size):
         if vocab_size != model.config.vocab_size:
             raise BadInput(f'--init_from={o.init_from} has {model.config.vocab_size} tokens, --tokenizer='
                            f'{o.tokenizer} has {vocab_size}')
+        if o.block_size > model.config.block_size:
+            raise BadInput(f'--block_size={o.block_size}: {o.init_from} has room for {model.config.block_size} tokens')
         return model
     return Transformer(Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
                               block_size=o.block_size, vocab_size=vocab_size, activation=o.activation,
