@@ -1283,6 +1283,7 @@ def test_a_published_model_is_converted_and_exported(text, tmp_path, capsys):
     for tau in (0, 0.5):
         assert torch.equal(again.set_rule('dynk', tau)(idx), m.set_rule('dynk', tau)(idx))
     close(m.set_rule('')(idx), hf.__class__.from_pretrained(tmp_path / 'converted').eval()(idx).logits)
+    capsys.readouterr()                                          # transformers shows progress bars
     for extra, says in ((['--block_size=64'], 'room for 40'), (['--init_from=not-there'], 'neither a folder'),
                         ([f'--init_from={tmp_path}'], 'config.json')):
         code, err = refusal(*args, *extra, '--phase=base', out=tmp_path / 'other', capsys=capsys)
