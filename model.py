@@ -536,7 +536,7 @@ def fetch(name):
 
 
 def read_tensors(path):
-    """{name: function that returns the tensor} of one file, to be called once each."""
+    """{name: function that returns the tensor} of one file, to be called once each; safetensors stay mapped."""
     try:
         if path.endswith('.bin'):
             data = torch.load(path, map_location='cpu', weights_only=True)
@@ -545,7 +545,7 @@ def read_tensors(path):
 
         def read(name):                                          # maps the file anew, so that no page stays behind
             with safe_open(path, 'pt') as f:
-                return f.get_tensor(name).clone()
+                return f.get_tensor(name)
         with safe_open(path, 'pt') as f:
             return {name: functools.partial(read, name) for name in f.keys()}
     except ImportError:
@@ -586,7 +586,7 @@ def read_routing(folder, config):
         raise BadInput(f'{path}: has no {sorted(missing)[0]}')
     for key in ROUTING:
         setattr(config, key, j[key])
-    return {name: read() for name, read in read_tensors(os.path.join(folder, 'routers.safetensors')).items()}
+    return {name: read().clone() for name, read in read_tensors(os.path.join(folder, 'routers.safetensors')).items()}
 
 
 def read_folder(folder):
@@ -623,8 +623,9 @@ def read_folder(folder):
         if list(t.shape) != (shape[::-1] if turned else shape):
             raise BadInput(f'{folder}: tensor {full} has the shape {list(t.shape)}, its config.json asks for '
                            f'{shape[::-1] if turned else shape}')
-        for (name, _), part in zip(ours, (t.T if turned else t).chunk(len(ours))):
-            state[name] = part.to(torch.float32, copy=len(ours) > 1).contiguous()
+        copy = turned or len(ours) > 1 or 'safetensors' in first                       # else it is ours alone already
+        for (name, p), part in zip(ours, (t.T if turned else t).chunk(len(ours))):
+            state[name] = torch.empty(p.shape).copy_(part) if copy else part.float()
     for name, read in tensors.items():
         if name in TIED and TIED[name] in state and not torch.equal(read().float(), state[TIED[name]]):
             raise BadInput(f'{folder}: tensor {name} differs from the embedding; only tied ones are supported')
