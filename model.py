@@ -24,7 +24,6 @@ import os
 import re
 import tempfile
 import urllib.error
-import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -467,6 +466,7 @@ ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_
 ROUTING = ('n_slices', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau')
 NAMES = dict.fromkeys(('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), 'openai-community/') | \
     dict.fromkeys(('bert-base-uncased', 'bert-large-uncased'), 'google-bert/')
+HEADS = ('cls.', 'classifier.')                                  # stand without the prefix of the rest
 WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 
 
@@ -536,28 +536,22 @@ def fetch(name):
 
 
 def read_tensors(path):
-    """{name: function that maps the tensor} of one file. Each call maps anew, so that no page stays behind."""
+    """{name: function that returns the tensor} of one file, to be called once each; safetensors stay mapped."""
     try:
-        if path.endswith('.safetensors'):
-            from safetensors import safe_open
+        if path.endswith('.bin'):
+            data = torch.load(path, map_location='cpu', weights_only=True)
+            return {name: functools.partial(data.pop, name) for name in data}
+        from safetensors import safe_open
 
-            def read(name):
-                with safe_open(path, 'pt') as f:
-                    return f.get_tensor(name)
+        def read(name):                                          # maps the file anew, so that no page stays behind
             with safe_open(path, 'pt') as f:
-                return {name: functools.partial(read, name) for name in f.keys()}
-        mapped = zipfile.is_zipfile(path)                        # what torch < 1.6 wrote cannot be mapped
-        load_file = functools.partial(torch.load, path, map_location='cpu', mmap=mapped, weights_only=True)
-        data = load_file()
-        if not all(map(torch.is_tensor, data.values())):
-            raise ValueError('it should hold a dict of tensors')
-        return {name: (lambda name=name: load_file()[name]) if mapped else functools.partial(data.pop, name)
-                for name in data}
+                return f.get_tensor(name)
+        with safe_open(path, 'pt') as f:
+            return {name: functools.partial(read, name) for name in f.keys()}
     except ImportError:
         raise BadInput(f'{path} needs the safetensors package: pip install safetensors') from None
     except Exception as error:                                   # each library has kinds of its own for bad files
-        raise BadInput(f'{path}: not readable, perhaps missing or cut short '
-                       f'({reason(error)})') from None
+        raise BadInput(f'{path}: not readable, perhaps missing or cut short ({reason(error)})') from None
 
 
 def published_config(j, tensors, path):
@@ -578,7 +572,7 @@ def published_config(j, tensors, path):
         c.pooler = 'pooler.dense.weight' in tensors
         c.head = 'mlm' if 'cls.predictions.bias' in tensors else None
         if c.pooler and 'classifier.bias' in tensors:            # without a pooler it is a head for tokens
-            c.head, c.n_classes = 'cls', len(tensors['classifier.bias']())
+            c.head, c.n_classes = 'cls', len(j.get('id2label', (0, 1)))
     return c
 
 
@@ -618,18 +612,20 @@ def read_folder(folder):
     for i in range(config.n_layer):                              # one expert, unless routing says otherwise
         state.setdefault(f'blocks.{i}.mlp.offsets', torch.tensor([0, config.n_hidden], dtype=torch.int32))
     for theirs, ours in published(model).items():
+        full = theirs if theirs.startswith(HEADS) else prefix + theirs
         if theirs not in tensors:
-            raise BadInput(f'{folder}: has no tensor {prefix}{theirs}')
+            raise BadInput(f'{folder}: has no tensor {full}')
         t = tensors.pop(theirs)()
         if theirs.endswith('c_attn.weight'):                     # first of its layer and never square: which layout?
             conv = t.shape[0] != 3 * config.n_embd
         turned = is_turned(*ours[0], conv)
         shape = [len(ours) * len(ours[0][1]), *ours[0][1].shape[1:]]
         if list(t.shape) != (shape[::-1] if turned else shape):
-            raise BadInput(f'{folder}: tensor {prefix}{theirs} has the shape {list(t.shape)}, its config.json asks for '
+            raise BadInput(f'{folder}: tensor {full} has the shape {list(t.shape)}, its config.json asks for '
                            f'{shape[::-1] if turned else shape}')
+        copy = turned or len(ours) > 1 or 'safetensors' in first                       # else it is ours alone already
         for (name, p), part in zip(ours, (t.T if turned else t).chunk(len(ours))):
-            state[name] = torch.empty(p.shape).copy_(part)
+            state[name] = torch.empty(p.shape).copy_(part) if copy else part.float()
     for name, read in tensors.items():
         if name in TIED and TIED[name] in state and not torch.equal(read().float(), state[TIED[name]]):
             raise BadInput(f'{folder}: tensor {name} differs from the embedding; only tied ones are supported')
@@ -671,9 +667,13 @@ def export(path, folder, say=print):
     """
     model, inside = load(path), functools.partial(os.path.join, folder)
     c = model.config
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise BadInput(f'{folder}: exists and is not an empty folder; give another')
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        inside_already = os.listdir(folder)
+    except OSError as error:
+        raise BadInput(f'{folder}: cannot be made a folder ({error.strerror}); give another') from None
+    if inside_already:
+        raise BadInput(f'{folder}: is not an empty folder; give another')
     why = 'attention projections were replaced by MLPs' if c.projections else \
         'it is neither a GPT-2 nor a BERT' if c.causal != c.pre_ln or c.causal == bool(c.n_types) else \
         'BERT has a pooler before its classification head' if c.head == 'cls' and not c.pooler else ''
@@ -687,7 +687,7 @@ def export(path, folder, say=print):
     tensors, prefix = {}, 'transformer.' if c.causal else 'bert.'
     for theirs, ours in published(model).items():
         t = torch.cat([p.T if is_turned(name, p, c.causal) else p for name, p in ours], -1).contiguous()
-        tensors[theirs if theirs.startswith(('cls.', 'classifier.')) else prefix + theirs] = t
+        tensors[theirs if theirs.startswith(HEADS) else prefix + theirs] = t
     kind = dict(lm='GPT2LMHeadModel', mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head)
     end = 50256 if c.vocab_size == 50257 else None               # GPT-2's default is beyond a smaller vocabulary
     config = {theirs: getattr(c, ours) for ours, theirs in KEYS[c.causal].items()} | dict(

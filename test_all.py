@@ -1446,8 +1446,28 @@ def test_export_and_in_again(arch, make, tmp_path):
     with torch.no_grad():
         got, want = m(idx, mask), hf.eval()(idx, attention_mask=mask)[0]
     close(got[mask.bool()], want[mask.bool()]) if arch != 'cls' else close(got, want)
-    with pytest.raises(M.BadInput, match='not an empty folder'):
-        M.export(tmp_path / 'm.pt', tmp_path / 'hf')
+    for folder, says in ((tmp_path / 'hf', 'not an empty folder'), (tmp_path / 'm.pt', 'cannot be made')):
+        with pytest.raises(M.BadInput, match=says):
+            M.export(tmp_path / 'm.pt', folder)
+
+
+def test_a_published_model_is_converted_and_exported(text, tmp_path, capsys):
+    hf = theirs('GPT2LMHeadModel', vocab_size=256)
+    folder = write_folder(tmp_path / 'hf', hf)
+    args = [*TINY, f'--data={text}', f'--init_from={folder}', '--base_steps=2', '--sparsify_steps=2', '--router_steps=2']
+    assert run(*args, out=tmp_path / 'out')[0] == 0
+    assert M.load(tmp_path / 'out' / 'base.pt').config.activation == 'gelu_tanh'
+    M.export(tmp_path / 'out' / 'd2dmoe.pt', tmp_path / 'converted')
+    m, again = M.load(tmp_path / 'out' / 'd2dmoe.pt'), M.from_pretrained(tmp_path / 'converted')
+    idx = torch.randint(0, 256, (2, 30))
+    for tau in (0, 0.5):
+        assert torch.equal(again.set_rule('dynk', tau)(idx), m.set_rule('dynk', tau)(idx))
+    close(m.set_rule('')(idx), hf.__class__.from_pretrained(tmp_path / 'converted').eval()(idx).logits)
+    capsys.readouterr()                                          # transformers shows progress bars
+    for extra, says in ((['--block_size=64'], 'room for 40'), (['--init_from=not-there'], 'neither a folder'),
+                        ([f'--init_from={tmp_path}'], 'config.json')):
+        code, err = refusal(*args, *extra, '--phase=base', out=tmp_path / 'other', capsys=capsys)
+        assert code == 2 and says in err
 
 
 def test_export_of_replaced_projections_is_our_own_format(tmp_path):
