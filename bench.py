@@ -220,7 +220,8 @@ def pyplot():
 
 
 def plot_sweep(rows, path):
-    """Loss against FLOPs, a line for each router and rule. Returns what to say about it."""
+    """Loss or accuracy against FLOPs, a line for each router and rule. Returns what to say about it."""
+    metric = rows[0]['metric']
     try:
         plt = pyplot()
     except BadInput as error:
@@ -228,12 +229,12 @@ def plot_sweep(rows, path):
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for name, rule in dict.fromkeys((r['router_loss'], r['rule']) for r in rows[2:]):
         curve = [r for r in rows if (r['router_loss'], r['rule']) == (name, rule)]
-        axes.plot([100 * r['flops'] for r in curve], [100 * r['delta_sparse'] for r in curve],
+        axes.plot([100 * r['flops'] for r in curve], [100 * (r[metric] / (rows[1][metric] or 1) - 1) for r in curve],
                   ls=':' if name == 'oracle' else '--' if rule == 'topk' else '-', marker='o', ms=3,
                   label=f'{name}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='all experts on')
-    axes.set(xlabel='FLOPs of the whole model, routers included (% of dense)', ylabel='loss against all experts on (%)',
-             ylim=(-0.5, 6))
+    axes.set(xlabel='FLOPs of the whole model, routers included (% of dense)', ylabel=f'{metric} against all experts on (%)',
+             ylim=(-0.5, 6) if metric == 'loss' else (-10, 2))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[['top', 'right']].set_visible(False)
     figure.tight_layout()

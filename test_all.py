@@ -1139,7 +1139,7 @@ def test_distillation_lowers_the_error(config):
     assert all(torch.equal(v, kept[k]) for k, v in m.state_dict().items() if k in kept and '.attn.' not in k)
 
 
-def test_bert_end_to_end_with_projections(labelled, tmp_path, capsys):
+def test_bert_end_to_end_with_projections(labelled, tmp_path, monkeypatch, capsys):
     args = [*TINY, '--arch=bert', f'--data={labelled[0]}', '--attn_projections=qkvo', '--attn_steps=8', '--tau=0.3',
             '--base_steps=60', '--learning_rate=1e-2', '--router_loss=norm']
     status, results = run(*args, out=tmp_path)
@@ -1153,6 +1153,20 @@ def test_bert_end_to_end_with_projections(labelled, tmp_path, capsys):
     errors = torch.load(tmp_path / 'attn.pt', weights_only=True)['metrics']['projection_error']
     assert len(errors) == 8 and all(0 < e < 2 for e in errors.values())
     assert torch.load(tmp_path / 'sparse.pt', weights_only=True)['parent'] == train.file_hash(tmp_path / 'attn.pt')
+    whole, get_batch, calls = weights(tmp_path / 'attn.pt'), train.get_batch, []
+    os.remove(tmp_path / 'attn.pt')
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_batch(*args)
+    monkeypatch.setattr(train, 'get_batch', interrupting)
+    with pytest.raises(KeyboardInterrupt, match='attn stopped at step 4'):
+        run(*args, '--phase=attn', out=tmp_path)
+    assert run('--phase=attn', out=tmp_path)[0] == 0 and len(calls) == 8                # the original is base.pt's
+    assert all(torch.equal(v, whole[k]) for k, v in weights(tmp_path / 'attn.pt').items())
+    assert run(*args, '--overwrite=1', out=tmp_path)[0] == 0
     capsys.readouterr()
     assert run(out=tmp_path)[0] == 0                             # untyped: attn.pt says that there are projections
     assert capsys.readouterr().out.count('done') == 6

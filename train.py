@@ -181,8 +181,7 @@ def check(o):
                        'a .tsv or .jsonl file')
     if o.tokenizer == 'gpt2' and o.arch == 'bert' or o.tokenizer == 'wordpiece' and not o.init_from:
         raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from --init_from')
-    if not set(o.attn_projections) <= set('qkvo') or len(set(o.attn_projections)) < len(o.attn_projections) \
-            or o.phase == 'attn' and not o.attn_projections:
+    if not set(o.attn_projections) <= set('qkvo') or len(set(o.attn_projections)) < len(o.attn_projections):
         raise BadInput(f'--attn_projections={o.attn_projections}: must be some of the letters qkvo, each once')
     if unknown := [loss for loss in losses(o) if loss not in router.LOSSES]:
         raise BadInput(f'--router_loss={",".join(unknown)}: must be one or more of {", ".join(router.LOSSES)}')
@@ -787,6 +786,8 @@ def run(o, typed, say=print):
     distilled = os.path.join(o.out_dir, file['attn'])
     if 'attn_projections' not in typed and os.path.isfile(distilled):
         o.attn_projections = read_checkpoint(distilled)['options']['attn_projections']
+    if o.phase == 'attn' and not o.attn_projections:
+        raise BadInput('--phase=attn needs --attn_projections: some or all of the letters qkvo')
     names = dict.fromkeys(p.name for p in PHASES) if o.phase == 'all' else [o.phase] if o.phase != 'eval' else []
     for phase in [p for name in names for p in wanted(name, o)]:
         if phase.name == 'sparsify' and o.attn_projections:
