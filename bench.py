@@ -104,7 +104,8 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
     routed = [name for name in models if name in router.LOSSES]
     todo = [('dense', '', None), ('sparse', '', None)]
     for name in [*routed, 'oracle']:
-        rules = [rule] if rule else [router.USUAL_RULE[name], 'topk']
+        usual = router.USUAL_RULE[name]                          # top-k beside dynamic-k: its control
+        rules = [rule] if rule else [usual, 'topk'] if usual == 'dynk' else [usual]
         todo += [(name, r, t) for r in dict.fromkeys(rules) for t in (GRID[r] if tau is None else [tau])]
     rows, zeros, began = [], None, time.time()
     dense, report = models['dense'], slice(1, None, 2) if len(batches) > 1 else slice(None)

@@ -16,6 +16,7 @@ router says, per token, which slices to run. With every expert on it is the dens
     E experts (slices) · R router outputs · V vocabulary
 """
 
+import contextlib
 import functools
 import http.client
 import json
@@ -520,7 +521,10 @@ def fetch(name):
 
     try:
         os.makedirs(folder, exist_ok=True)
-        get('config.json')
+        if read_json(get('config.json')).get('model_type') == 'bert':
+            for file in ('vocab.txt', 'tokenizer_config.json'):  # for --tokenizer=wordpiece; some have other files
+                with contextlib.suppress(urllib.error.HTTPError):
+                    get(file)
         for file in [f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))] or WEIGHTS:
             try:
                 path = get(file)

@@ -808,7 +808,7 @@ def test_end_to_end(finished, text, capsys):
     dense, sparse, *rest = results['rows']
     assert dense['method'] == 'dense' and dense['speedup'] == 1 and dense['delta'] == 0 and sparse['delta_sparse'] == 0
     assert {(r['router_loss'], r['rule']) for r in rest} == {
-        ('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'), ('active', 'topk'), ('oracle', 'dynk'),
+        ('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'), ('oracle', 'dynk'),
         ('oracle', 'topk')}
     for r in rest:
         assert 0 <= r['experts'] <= 1 and r['delta'] == pytest.approx(r['loss'] / dense['loss'] - 1)

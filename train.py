@@ -77,7 +77,7 @@ class Options:
     finetune_lr: float = 1e-3        # of dense and sparsify
     router_lr: float = 5e-3
     weight_decay: float = 0.1        # on matrices only
-    base_steps: int = 400
+    base_steps: int = 380
     sparsify_steps: int = 130        # of dense, too
     router_steps: int = 280
     attn_steps: int = 150
@@ -95,7 +95,7 @@ class Options:
     # evaluation and sampling
     rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
     tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
-    eval_batches: int = 8            # of batch_size held-out sequences; the first half picks tau
+    eval_batches: int = 6            # of batch_size held-out sequences; the first half picks tau
     prompt: str = '\n'
     n_tokens: int = 300              # to sample
     temperature: float = 0.8
