@@ -52,6 +52,8 @@ def in_turn(jobs, rounds, warmup=1):
             job()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            elif torch.backends.mps.is_available():
+                torch.mps.synchronize()
             if i >= warmup:
                 record.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
@@ -141,12 +143,13 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
                                          for part in (report, slice(None, None, 2)))
             rows[i] |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=pick)
         rows[i]['delta'] = rows[i]['loss'] / rows[0]['loss'] - 1
-        rows[i]['delta_sparse'] = rows[i]['loss'] / rows[min(i, 1)]['loss'] - 1
         if name == 'sparse':
             zeros = [s['zeros'] for s in sparsify.statistics(tap)]
         if i % 5 == 4:
             left = (time.time() - began) / (i + 1) * (len(todo) - i - 1)
             say(f'eval    {i + 1}/{len(todo)}  {left:.0f} s left', flush=True)
+    for row in rows:
+        row['delta_sparse'] = row['loss'] / rows[1]['loss'] - 1
     return rows, zeros
 
 
@@ -182,12 +185,13 @@ def print_sweep(rows, zeros, say=print):
     for r in rows[2:]:
         curves[r['router_loss'], r['rule']].append(r)
     for (name, rule), r in picked(rows).items():
-        say(f'  {name:8s}{rule:10s} tau {r["tau"]:<5g} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%}'
+        say(f'  {name:8s}{rule:10s} tau {r["tau"]:<5g} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%} '
+            f'({r["delta"]:+.2%} against dense)'
             + (f', accuracy {r["accuracy"]:.2%} (dense {rows[0]["accuracy"]:.2%})' if labelled else '')
             + (f', {r["speedup"]:.2f} x dense' if r['speedup'] else ''))
     for name in dict.fromkeys(name for name, _ in curves):
-        if (name, 'topk') in curves and len(curves[name, 'topk']) > 1 and router.USUAL_RULE[name] != 'topk':
-            usual = curves[name, router.USUAL_RULE[name]]
+        usual = curves.get((name, 'dynk'))
+        if usual and len(curves.get((name, 'topk'), ())) > 1:
             gap = flops_gap(usual, curves[name, 'topk'])
             say(f'  {name:8s}{usual[0]["rule"]} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on average, '
                 f'{max(gap):+.2%} at worst, over {len(gap)} points')
@@ -234,7 +238,8 @@ def plot_sweep(rows, path):
                   ls=':' if name == 'oracle' else '--' if rule == 'topk' else '-', marker='o', ms=3,
                   label=f'{name}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='all experts on')
-    axes.set(xlabel='FLOPs of the whole model, routers included (% of dense)', ylabel=f'{metric} against all experts on (%)',
+    axes.set(xlabel='FLOPs of the whole model, routers included (% of dense)',
+             ylabel=f'{metric} against all experts on (%)',
              ylim=(-0.5, 6) if metric == 'loss' else (-10, 2))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[['top', 'right']].set_visible(False)
@@ -359,9 +364,11 @@ def layer_suite(o, device):
             dense = time_dense(candidates, x, n)
             best = min(dense, key=dense.get)
             cases = [(s, rho) for s in sizes for rho in shares]
-            jobs = [over_layers(candidates[best], x, n)]
+            jobs, unions = [over_layers(candidates[best], x, n)], {}                    # share of experts touched
             for s, rho in cases:
-                masks = [m[:T].to(device) for m in replay] if replay else bernoulli(T, n_hidden // s, rho, device)
+                masks = [m.repeat(-(-T // len(m)), 1)[:T].to(device) for m in replay] if replay else \
+                    bernoulli(T, n_hidden // s, rho, device)
+                unions[s, rho] = statistics.mean(m.any(0).float().mean().item() for m in masks)
                 jobs.append(over_layers(routed(o, layers, s, masks), x, n))
             for s in sizes:
                 r = router.Router(D, n_hidden // s, 128).to(device, dtype).requires_grad_(False)
@@ -370,7 +377,7 @@ def layer_suite(o, device):
             base, router_times = times[0], dict(zip(sizes, times[1 + len(cases):]))
             peak = max(peak, 4 * T * D * n_hidden / base)
             for (s, rho), seconds in zip(cases, times[1:]):
-                moved = 2 * D * dtype.itemsize * (n_hidden * (1 - (1 - rho) ** T) + T)  # experts touched, x and y
+                moved = 2 * D * dtype.itemsize * (n_hidden * unions[s, rho] + T)        # experts touched, x and y
                 limit = base / max(4 * T * D * n_hidden * rho / peak, moved / bandwidth)
                 rows.append(dict(
                     suite='layer', T=T, D=D, F=n_hidden, expert_size=s, rho=rho, dtype=str(dtype)[6:],
@@ -380,7 +387,7 @@ def layer_suite(o, device):
                     limit=limit, of_limit=base / seconds / limit))
                 print_row(rows[-1], first=len(rows) == 1)
         say(f'{str(dtype)[6:]}: peak {peak / 1e9:.0f} GFLOP/s (the fastest dense), {bandwidth / 1e9:.0f} GB/s read\n')
-    fp32 = [r['of_limit'] for r in rows if r['dtype'] == 'float32' and r['rho'] <= 0.5]
+    fp32 = [r['of_limit'] for r in rows if r['dtype'] == 'float32' and r['rho'] <= 0.5] or [math.nan]
     say(f'fp32, rho <= 0.5: median of_limit {statistics.median(fp32):.2f}, lowest {min(fp32):.2f}')
     return rows + ([] if o.routing else linearity(o, device, D, n_hidden))
 
@@ -412,7 +419,10 @@ def linearity(o, device, D, n_hidden, T=4096, s=24):
 def read_routing(path):
     try:
         data = torch.load(path, weights_only=True)
-        return data['masks'], data['D'], data['F']
+        masks, D, n_hidden = data['masks'], data['D'], data['F']
+        if n_hidden % masks[0].shape[1]:
+            raise ValueError(f'{n_hidden} neurons in {masks[0].shape[1]} experts of unequal size')
+        return masks, D, n_hidden
     except Exception as error:
         raise BadInput(f'--routing={path}: not a file of masks as python train.py --phase=eval writes it '
                        f'({str(error).splitlines()[0][:80]})') from None
@@ -440,7 +450,7 @@ def whole_model(o, device, name, run, tokens, T):
         dense, converted = gpt2_pair(device, rho)
         x = torch.randn(T, 768, device=device)
         ffn = [lambda m=m: [mlp(x) for mlp in m.ffns()] for m in (dense, converted)]
-        base, ours, ffn_base, ffn_ours = in_turn([lambda: run(dense), lambda: run(converted), *ffn], rounds=5)
+        base, ours, ffn_base, ffn_ours = in_turn([lambda: run(dense), lambda: run(converted), *ffn], rounds=3)
         calls = tokens / T if name == 'decode' else 1            # the FFNs run once a token there
         law = base / (base - calls * (ffn_base - ffn_ours))
         speedup = base / ours
@@ -474,7 +484,7 @@ def peers_suite(o, device, D=768, n_hidden=3072):
         jobs = {'dense': lambda x, i: kernel.dense_mlp(x, *(t[i] for t in layers), 'relu'),
                 'd2dmoe': routed(o, layers, s, [mask])} | peers(layers, E, s, mask, chosen)
         n = len(layers[0]) if T <= 16 else 1
-        want = jobs['dense'](x, 0) if rho == 1 else jobs['d2dmoe'](x, 0)
+        want = jobs['d2dmoe'](x, 0)
         for name in list(jobs):
             try:
                 got = jobs[name](x, 0)
@@ -675,6 +685,8 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     say(' · '.join(f'{k} {v}' for k, v in machine().items() if v) + '\n')
     try:
+        if o.plot:
+            pyplot()                                             # before the measurement, not after it
         for path in filter(None, (o.json, o.plot)):
             if not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
                 raise BadInput(f'{path}: its folder is not there or cannot be written')
@@ -686,7 +698,8 @@ def main():
         if o.plot and o.suite == 'layer':
             plot_layers(rows, o.plot)
     except BadInput as error:
-        sys.exit(f'error: {error}')
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == '__main__':

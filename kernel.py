@@ -73,7 +73,7 @@ def run_fused(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor, b_in: Opt
 
 
 experts_op = torch.library.custom_op('d2dmoe::experts', run_fused, mutates_args=())
-experts_op.register_fake(lambda x, *_: torch.empty_like(x))
+experts_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 def choose(x, mask, w_in, act, rho):
@@ -411,7 +411,7 @@ FLAGS = ['-O3', '-march=native', '-std=c++17', '-shared', '-fPIC']
 PID = os.getpid()
 
 
-class Job(ctypes.Structure):  # as in the source above
+class Job(ctypes.Structure):  # as in the source below
     _fields_ = [(name, ctypes.c_void_p) for name in 'x mask w_in b_in w_out b_out offsets y'.split()] + [
         (name, ctypes.c_int64) for name in 'TDE'] + [(name, ctypes.c_int) for name in ('act', 'threads')]
 

@@ -107,7 +107,7 @@ class MLP(nn.Module):
         self.router = None
         self.rule, self.tau, self.k = '', 0.0, 0                 # '' = run everything, without the router
         self.oracle = False                                      # score with the true norms (evaluation only)
-        self.rho = None                                          # share of neurons run lately, a hint for kernels
+        self.rho = None                                          # share of neurons run in the last evaluation
 
     def scores(self, x):                                         # (T, D) -> (T, R)
         if self.oracle:

@@ -150,8 +150,8 @@ def router_loss(router, x, target):
 def train_loss(model, batch, grams):
     """One step's loss for the routers of a frozen model: the mean over MLPs, each a problem of its own.
 
-    The model runs without gradients (kernel.linear is then the fastest there is), so a step costs one
-    forward pass and the routers' own few per cent. `grams` holds gram(...) of each MLP.
+    The model runs without gradients, so a step costs one forward pass and the routers' own few per cent.
+    `grams` holds gram(...) of each MLP.
     """
     tap, losses = [], []
     with torch.no_grad():

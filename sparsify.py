@@ -6,7 +6,7 @@
     L_s     on                                       formula
     hoyer   activations a                            (sum |a|)^2 / (sum a^2 + eps)     between 1 and F
     l1      activations a                            sum |a|
-    clamp   pre-activations z, when GELU stays       sum (max(z, delta) - delta), delta = -10: pushes z to
+    gelu_clamp   pre-activations z, when GELU stays  sum (max(z, delta) - delta), delta = -10: pushes z to
                                                      where GELU is nearly zero
 
 alpha rises linearly over the first `sparsity_ramp` of the run (D2DMoE, section 3.1: Hoyer for ViT, l1 for BERT

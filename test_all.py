@@ -834,7 +834,9 @@ def test_sample(finished, capsys):
     out, _ = finished
     for extra in ([], ['--tau=0.3'], ['--prompt=', '--temperature=0']):
         assert run('--phase=sample', '--prompt=def', '--n_tokens=40', *extra, out=out)[0] == 0
-        assert len(capsys.readouterr().out) > 40
+        printed = capsys.readouterr().out
+        assert ('tau 0.3' in printed) == ('--tau=0.3' in extra)
+        assert len(printed.partition('\n')[2].encode()) >= 40 and ('--prompt=' in extra or '\ndef' in printed)
 
 
 def weights(path):
@@ -889,6 +891,32 @@ def test_a_loss_that_is_not_finite_stops_the_phase(text, tmp_path, monkeypatch, 
     assert kept['step'] == 5 and all(v.isfinite().all() for v in kept['model'].values())
 
 
+def test_gradients_that_are_not_finite_never_reach_the_weights(text, tmp_path, monkeypatch, capsys):
+    calls, task_loss = [], train.task_loss
+
+    def steep(*args):
+        calls.append(1)
+        loss = task_loss(*args)
+        return loss if len(calls) < 6 else loss + (loss * 1e30 - (loss * 1e30).detach()) * 1e30
+    monkeypatch.setattr(train, 'task_loss', steep)
+    monkeypatch.setattr(train, 'SAVE_EVERY', -1)
+    code, err = refusal(*TINY, f'--data={text}', '--phase=base', out=tmp_path, capsys=capsys)
+    assert code == 3 and 'keeps step 5' in err
+    assert all(v.isfinite().all() for v in weights(tmp_path / 'base.pt').values())
+
+
+def test_eval_with_another_rule_and_with_a_stale_router(finished, tmp_path, capsys):
+    out, _ = finished
+    for f in os.listdir(out):
+        if f.endswith('.pt'):
+            os.link(out / f, tmp_path / f)
+    rows = run('--phase=eval', '--rule=topk', '--tau=0.5', out=tmp_path)[1]['rows']
+    assert {(r['rule'], r['k']) for r in rows[2:]} == {('topk', 8)}
+    assert run('--phase=sparsify', '--sparsity_weight=0.5', '--overwrite=1', out=tmp_path)[0] == 0
+    code, err = refusal('--phase=eval', out=tmp_path, capsys=capsys)
+    assert code == 2 and 'another' in err
+
+
 def test_moefy_and_router_run_by_themselves(finished, tmp_path):
     out, _ = finished
     for args in (['moefy.py', out / 'sparse.pt', tmp_path / 'moe.pt', '--n_experts=8'],
@@ -907,6 +935,9 @@ def test_moefy_and_router_run_by_themselves(finished, tmp_path):
     (['--phase=moefi'], '--phase=moefi'),
     (['--tau=1.5'], '--tau=1.5'),
     (['--tau=nan'], '--tau=nan'),
+    (['--seed=-1'], '--seed=-1'),
+    (['--top_k=-1'], '--top_k=-1'),
+    (['--tokenizer=wordpiece', '--init_from=x'], '--tokenizer=wordpiece'),
     (['--n_experts=2000'], '--n_experts=2000'),
     (['--expert_size=5000'], '--expert_size=5000'),
     (['--n_embd=30', '--n_head=4'], '--n_embd=30'),
@@ -942,9 +973,10 @@ def test_bad_checkpoints_end_in_one_sentence(finished, tmp_path, capsys):
     whole = (out / 'base.pt').read_bytes()
     foreign = tmp_path / 'foreign'
     foreign.mkdir()
-    for content, says in ((whole[:len(whole) // 2], 'cut short'), (b'not a checkpoint', 'not a readable'), (None, 'not a d2dmoe')):
+    for content, says in ((whole[:len(whole) // 2], 'cut short'), (b'not a checkpoint', 'not a readable'), (dict(a=1), 'not a d2dmoe'),
+                          (dict(config={}, model={}), 'no checkpoint of train.py')):
         path = foreign / 'base.pt'
-        torch.save(dict(a=1), path) if content is None else path.write_bytes(content)
+        torch.save(content, path) if isinstance(content, dict) else path.write_bytes(content)
         before = path.read_bytes()
         code, err = refusal('--phase=sparsify', out=foreign, capsys=capsys)
         assert code == 2 and says in err and path.read_bytes() == before and os.listdir(foreign) == ['base.pt']
@@ -1478,7 +1510,7 @@ def test_a_published_model_is_converted_and_exported(text, tmp_path, capsys):
         assert torch.equal(again.set_rule('dynk', tau)(idx), m.set_rule('dynk', tau)(idx))
     close(m.set_rule('')(idx), hf.__class__.from_pretrained(tmp_path / 'converted').eval()(idx).logits)
     capsys.readouterr()                                          # transformers shows progress bars
-    for extra, says in ((['--block_size=64'], 'room for 40'), (['--init_from=not-there'], 'neither a folder'),
+    for extra, says in ((['--block_size=64'], '40 positions'), (['--init_from=not-there'], 'neither a folder'),
                         ([f'--init_from={tmp_path}'], 'config.json')):
         code, err = refusal(*args, *extra, '--phase=base', out=tmp_path / 'other', capsys=capsys)
         assert code == 2 and says in err

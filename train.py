@@ -95,7 +95,7 @@ class Options:
     # evaluation and sampling
     rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
     tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
-    eval_batches: int = 6            # of batch_size held-out sequences; the first half picks tau
+    eval_batches: int = 6            # of batch_size held-out sequences; every second batch picks tau
     prompt: str = '\n'
     n_tokens: int = 300              # to sample
     temperature: float = 0.8
@@ -106,7 +106,8 @@ PRESETS = {
     'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16, base_steps=1200,
                  sparsify_steps=400, router_steps=400, learning_rate=1e-3, finetune_lr=5e-4, router_width=96),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 experts of 4
-    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', n_layer=12, n_head=12, n_embd=768,
+    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0, n_layer=12, n_head=12,
+                 n_embd=768,
                  block_size=1024, activation='gelu_tanh', batch_size=8, grad_accum=120, sparsify_steps=1000,
                  finetune_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0, n_experts=768,
                  router_steps=5000, router_lr=3e-3, router_width=128),
@@ -167,7 +168,7 @@ def check(o):
         if not getattr(o, name) > 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must be positive')
     for name in ('base_steps', 'sparsify_steps', 'router_steps', 'attn_steps', 'sparsity_weight', 'weight_decay',
-                 'temperature'):
+                 'temperature', 'seed', 'n_tokens', 'top_k'):
         if not getattr(o, name) >= 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must not be negative')
     for name in ('tau', 'sparsity_ramp', 'dropout'):
@@ -179,7 +180,7 @@ def check(o):
     if labelled != (o.arch == 'bert') and o.data != 'stdlib' or o.val and not labelled:
         raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts (and their --val), '
                        'a .tsv or .jsonl file')
-    if o.tokenizer == 'gpt2' and o.arch == 'bert' or o.tokenizer == 'wordpiece' and not o.init_from:
+    if o.tokenizer == ('gpt2' if o.arch == 'bert' else 'wordpiece') or o.tokenizer == 'wordpiece' and not o.init_from:
         raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from --init_from')
     if not set(o.attn_projections) <= set('qkvo') or len(set(o.attn_projections)) < len(o.attn_projections):
         raise BadInput(f'--attn_projections={o.attn_projections}: must be some of the letters qkvo, each once')
@@ -231,8 +232,9 @@ def text_files(source):
     """The files behind --data: (path, bytes) in a fixed order, and how the source is called."""
     label = source
     if source == 'stdlib':
-        found = [os.path.join(d, f) for d, _, names in os.walk(STDLIB) for f in names if f.endswith('.py')
-                 and not {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'} & set(d.split(os.sep))]
+        left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
+        found = [os.path.join(d, f) for d, _, names in os.walk(STDLIB) for f in names
+                 if f.endswith('.py') and not left_out & set(os.path.relpath(d, STDLIB).split(os.sep))]
         label = f"Python {platform.python_version()}'s standard library"
     elif os.path.isfile(source):
         found = [source]
@@ -275,7 +277,7 @@ def open_corpus(o, say=print):
     """
     if o.arch == 'bert':
         return open_labelled(o.data, o.val, o.tokenizer, o.init_from, o.block_size, say)
-    enc = tokenizer(o.tokenizer)
+    vocab_size = dict(bytes=256, gpt2=50257)[o.tokenizer]        # token files need no vocabulary to be downloaded
     if os.path.isdir(o.data) and os.path.isfile(os.path.join(o.data, 'train.bin')):
         folder, about = o.data, dict(source=o.data, tokenizer=o.tokenizer)
         if not os.path.isfile(os.path.join(folder, 'val.bin')):
@@ -290,22 +292,22 @@ def open_corpus(o, say=print):
         folder = os.path.join(o.out_dir, f'data-{key}')
         about = dict(source=label, tokenizer=o.tokenizer, n_files=len(files), bytes=total)
         if not os.path.isfile(os.path.join(folder, 'meta.json')):
-            encode_text(enc, files, folder, about, say)
+            encode_text(tokenizer(o.tokenizer), files, folder, about, say)
     tokens = []
     for name in ('train.bin', 'val.bin'):
         path = os.path.join(folder, name)
         n = os.path.getsize(path) // 2
         if n < o.block_size + 1:
             raise BadInput(f'--data={o.data}: {n} tokens in {name} are too few for --block_size={o.block_size}')
-        tokens.append(np.memmap(path, dtype=np.uint16, mode='r'))
+        tokens.append(np.memmap(path, dtype=np.uint16, mode='r', shape=(n,)))
         top = int(tokens[-1][:10_000_000].max())
-        if top >= enc.n_vocab:
-            raise BadInput(f'--data={o.data}: token {top} in {name} is beyond the {enc.n_vocab} of '
+        if top >= vocab_size:
+            raise BadInput(f'--data={o.data}: token {top} in {name} is beyond the {vocab_size} of '
                            f'--tokenizer={o.tokenizer}')
     about |= dict(train_tokens=len(tokens[0]), val_tokens=len(tokens[1]))
     detail = f'{about["n_files"]:,} files, {about["bytes"] / 1e6:.1f} MB' if 'bytes' in about else 'token files'
     say(f'data: {about["source"]} ({detail}): {len(tokens[0]):,} tokens to train on, {len(tokens[1]):,} held out')
-    return Corpus(*tokens, enc.n_vocab, about)
+    return Corpus(*tokens, vocab_size, about)
 
 
 def encode_text(enc, files, folder, about, say):
@@ -345,7 +347,7 @@ def make_folder(path):
 def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (objects with label and text)."""
     if not os.path.isfile(path):
-        raise BadInput(f'--data={path}: no such file')
+        raise BadInput(f'{path}: no such file')
     rows, broken, is_json = [], 0, path.endswith('.jsonl')
     with open(path, 'rb') as f:
         for n, raw in enumerate(f, 1):
@@ -421,7 +423,7 @@ def open_labelled(data, val_file, tokenizer, init_from, block_size, say):
         for label, ids in zip(labels, encode(list(texts))):
             if len(ids) > block_size:
                 cut, ids = cut + 1, ids[:block_size - closing] + ids[len(ids) - closing:]
-            encoded.append((np.array(ids, dtype=np.uint16), classes.index(label)))
+            encoded.append((np.array(ids, dtype=np.int32), classes.index(label)))
     say(f'data: {source}: {len(train):,} texts of {len(classes)} classes to train on, {len(val):,} held out'
         + (f'; {cut:,} longer than --block_size={block_size} tokens are cut' if cut else ''))
     about = dict(source=source, tokenizer=tokenizer, classes=classes, train_texts=len(train), val_texts=len(val),
@@ -540,7 +542,7 @@ PHASES = [
           ('seed', 'n_experts', 'expert_size', 'split')),
     *map(router_phase, router.LOSSES),
 ]
-READ_ONLY = Phase('eval', None, '', None, None, None, None, LOOP)
+READ_ONLY = Phase('eval', None, '', None, None, None, None, ('batch_size', 'grad_accum', 'weight_decay'))
 
 
 def wanted(name, o):
@@ -551,6 +553,11 @@ def wanted(name, o):
 
 def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def stale(path, source_path):
+    """Was the checkpoint made from another input than the one that lies there now?"""
+    return all(map(os.path.isfile, (path, source_path))) and read_phase(path)['parent'] != file_hash(source_path)
 
 
 def settle(phase, o, typed, parent, own, names):
@@ -590,12 +597,15 @@ def run_phase(phase, o, typed, source_path, path, say=print):
         if not os.path.isfile(source_path):
             raise BadInput(f'--phase={phase.name} needs {source_path}: make it with python train.py '
                            f'--phase={phase.source}' + (f' --out_dir={o.out_dir}' if o.out_dir != 'out' else ''))
-        parent = read_checkpoint(source_path)
+        parent = read_phase(source_path)
         if unfinished(parent):
             raise BadInput(f'{source_path} stopped at step {parent["step"]} of {parent["steps"]}: finish it with '
                            f'python train.py --phase={parent["phase"]}')
+        if parent['phase'] != phase.source and (parent['phase'], phase.name) != ('attn', 'sparsify'):
+            raise BadInput(f'{source_path} is a checkpoint of phase {parent["phase"]}, --phase={phase.name} needs one '
+                           f'of {phase.source}')
         parent_hash = file_hash(source_path)
-    own = read_checkpoint(path) if os.path.exists(path) else None
+    own = read_phase(path) if os.path.exists(path) else None
     o, own = settle(phase, o, typed, parent, own, (source_path, path))
     if own and own.get('parent') != parent_hash:
         if not o.overwrite:
@@ -625,6 +635,14 @@ def run_phase(phase, o, typed, source_path, path, say=print):
         train(phase, model, o, corpus, device, record, path, parent, own, say)
     save(model, path, step=steps, optimizer=None, rng=torch.get_rng_state(), **record)
     return read_checkpoint(path)
+
+
+def read_phase(path):
+    """A checkpoint that a phase wrote; BadInput if it is none."""
+    data = read_checkpoint(path)
+    if not {'phase', 'step', 'steps', 'options', 'metrics'} <= data.keys():
+        raise BadInput(f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
+    return data
 
 
 def unfinished(checkpoint):
@@ -689,13 +707,14 @@ def train(phase, model, o, corpus, device, record, path, parent, own, say):
                 tokens += bench.n_tokens(batch[0])
                 with cast:
                     loss, log = loss_fn(batch, (step + 1) / steps)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f'{phase.name}: the loss is {loss.item()} at step {step + 1}; '
-                        + (f'{path} keeps step {saved_step}' if saved_step else f'{path} was not written')
-                        + f'; a smaller --{phase.lr} than {peak} may help')
-                (loss / o.grad_accum).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                if torch.isfinite(loss):
+                    (loss / o.grad_accum).backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(loss + norm):                  # before it gets into the weights
+                raise FloatingPointError(
+                    f'{phase.name}: at step {step + 1} the loss is {loss.item()}, its gradient {norm.item()} long; '
+                    + (f'{path} keeps step {saved_step}' if saved_step else f'{path} was not written')
+                    + f'; a smaller --{phase.lr} than {peak} may help')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now = time.time()
@@ -731,11 +750,19 @@ def evaluation(o, typed, say=print):
     path = functools.partial(os.path.join, o.out_dir)
     files = dict(dense='dense.pt', sparse='sparse.pt') | {
         loss: p.file for loss, p in zip(router.LOSSES, [p for p in PHASES if p.name == 'router'])}
+    make_folder(o.out_dir)
     models = {}
     for name, file in files.items():
-        if name in router.LOSSES and not os.path.isfile(path(file)):
-            continue                                             # not every router need be trained
-        data = read_checkpoint(path(file))
+        if not os.path.isfile(path(file)):
+            if name in router.LOSSES:                            # not every router need be trained
+                continue
+            raise BadInput(f'--phase=eval needs {path(file)}: make it with python train.py')
+        data = read_phase(path(file))
+        chain = ['moe.pt', 'sparse.pt'] if name in router.LOSSES else ['base.pt'] if name == 'dense' else []
+        if any(stale(path(f), path(source)) for f, source in zip([file, *chain], chain)):
+            if name in router.LOSSES and name not in losses(o):
+                continue                                         # left over from another conversion
+            raise BadInput(f'{path(file)} was made from another {chain[0]}: run python train.py --overwrite=1')
         if unfinished(data):
             raise BadInput(f'{path(file)} stopped at step {data["step"]} of {data["steps"]}: run python train.py')
         o = settle(READ_ONLY, o, typed, data, None, (path(file), ''))[0]
