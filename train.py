@@ -77,7 +77,7 @@ class Options:
     finetune_lr: float = 1e-3        # of dense and sparsify
     router_lr: float = 5e-3
     weight_decay: float = 0.1        # on matrices only
-    base_steps: int = 380
+    base_steps: int = 400
     sparsify_steps: int = 130        # of dense, too
     router_steps: int = 280
     attn_steps: int = 150
@@ -95,7 +95,7 @@ class Options:
     # evaluation and sampling
     rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
     tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
-    eval_batches: int = 6            # of batch_size held-out sequences; every second batch picks tau
+    eval_batches: int = 8            # of batch_size held-out sequences; every second batch picks tau
     prompt: str = '\n'
     n_tokens: int = 300              # to sample
     temperature: float = 0.8
@@ -103,14 +103,13 @@ class Options:
 
 
 PRESETS = {
-    'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16, base_steps=1200,
-                 sparsify_steps=400, router_steps=400, learning_rate=1e-3, finetune_lr=5e-4, router_width=96),
+    'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16, base_steps=900,
+                 sparsify_steps=250, router_steps=300, learning_rate=1e-3, finetune_lr=5e-4, router_width=96),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 experts of 4
     'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0, n_layer=12, n_head=12,
-                 n_embd=768,
-                 block_size=1024, activation='gelu_tanh', batch_size=8, grad_accum=120, sparsify_steps=1000,
-                 finetune_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0, n_experts=768,
-                 router_steps=5000, router_lr=3e-3, router_width=128),
+                 n_embd=768, block_size=1024, activation='gelu_tanh', batch_size=8, grad_accum=120,
+                 sparsify_steps=1000, finetune_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4,
+                 sparsity_ramp=0.0, n_experts=768, router_steps=5000, router_lr=3e-3, router_width=128),
     # the authors' settings for ReLU-fied BERT-base on emotion (CARER): 16,000 texts, so 250 steps are an epoch;
     # 10 epochs a phase, 3 for the projections; 128 experts of 24; the penalty's weight is constant
     'bert': dict(out_dir='out-bert', arch='bert', tokenizer='wordpiece', init_from='bert-base-uncased', n_layer=12,
