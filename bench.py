@@ -326,7 +326,7 @@ def time_dense(candidates, x, n):
     return once | dict(zip(near, [t / n for t in in_turn([over_layers(candidates[c], x, n) for c in near], 4, 2)]))
 
 
-def routed(o, layers, s, masks):
+def routed(impl, layers, s, masks):
     """One routed layer as a function of (x, layer); the masks are used in turn."""
     w_in, b_in, w_out, b_out = layers
     F_, device = len(w_in[0]), w_in[0].device
@@ -334,7 +334,7 @@ def routed(o, layers, s, masks):
     masks = Layers(masks)
     shares = Layers(m.float().mean().item() for m in masks)
     return lambda x, i: kernel.expert_mlp(x, masks[i], w_in[i], b_in[i], w_out[i], b_out[i], offsets, 'relu',
-                                          impl=o.impl or None, rho=shares[i])
+                                          impl=impl, rho=shares[i])
 
 
 def bernoulli(T, E, rho, device, n=5):
@@ -369,7 +369,7 @@ def layer_suite(o, device):
                 masks = [m.repeat(-(-T // len(m)), 1)[:T].to(device) for m in replay] if replay else \
                     bernoulli(T, n_hidden // s, rho, device)
                 unions[s, rho] = statistics.mean(m.any(0).float().mean().item() for m in masks)
-                jobs.append(over_layers(routed(o, layers, s, masks), x, n))
+                jobs.append(over_layers(routed(o.impl, layers, s, masks), x, n))
             for s in sizes:
                 r = router.Router(D, n_hidden // s, 128).to(device, dtype).requires_grad_(False)
                 jobs.append(over_layers(lambda x, i, r=r: router.select(r(x), 'dynk', 0.5), x, n))
@@ -406,7 +406,8 @@ def linearity(o, device, D, n_hidden, T=4096, s=24):
     shares = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     dense = lambda x, i: kernel.dense_mlp(x, *(t[i] for t in layers), 'relu')
     times = in_turn([over_layers(dense, x, 1)] + [
-        over_layers(routed(o, layers, s, bernoulli(T, n_hidden // s, rho, device)), x, 1) for rho in shares], rounds=5)
+        over_layers(routed(o.impl, layers, s, bernoulli(T, n_hidden // s, rho, device)), x, 1)
+        for rho in shares], rounds=5)
     slope, start = np.polyfit(shares, times[1:], 1)
     r2 = np.corrcoef(shares, times[1:])[0, 1] ** 2
     say(f'T {T}, experts of {s}: time = {start / times[0]:.3f} + {slope / times[0]:.3f} rho of dense, R^2 = {r2:.4f}')
@@ -482,7 +483,7 @@ def peers_suite(o, device, D=768, n_hidden=3072):
         chosen = torch.rand(T, E, device=device).topk(round(rho * E)).indices           # (T, k)
         mask = torch.zeros(T, E, dtype=torch.bool, device=device).scatter_(1, chosen, True)
         jobs = {'dense': lambda x, i: kernel.dense_mlp(x, *(t[i] for t in layers), 'relu'),
-                'd2dmoe': routed(o, layers, s, [mask])} | peers(layers, E, s, mask, chosen)
+                'd2dmoe': routed(o.impl, layers, s, [mask])} | peers(layers, E, s, mask, chosen)
         n = len(layers[0]) if T <= 16 else 1
         want = jobs['d2dmoe'](x, 0)
         for name in list(jobs):
@@ -511,14 +512,6 @@ def peers(layers, E, s, mask, chosen):
     ends = counts.cumsum(0).to(torch.int32)
     slot = torch.arange(T * k, device=mask.device) - (counts.cumsum(0) - counts)[chosen.flatten()[order]]
 
-    def expert_loop(x, i):                                       # as in many MoE code bases
-        y = b_out[i].repeat(T, 1)
-        for e in range(E):
-            here = mask[:, e].nonzero().squeeze(-1)
-            h = F.relu(F.linear(x[here], w_in[i][e * s:e * s + s], b_in[i][e * s:e * s + s]))
-            y.index_add_(0, here, h @ w_out[i][e * s:e * s + s])
-        return y
-
     def padded_bmm(x, i):                                        # every expert as long as the longest
         xs = x.new_zeros(E, int(counts.max()), x.shape[1])
         expert = chosen.flatten()[order]
@@ -533,7 +526,7 @@ def peers(layers, E, s, mask, chosen):
         out = torch._grouped_mm(h, w_out[i].view(E, s, -1), offs=ends)
         return b_out[i].repeat(T, 1).index_add_(0, rows, out)
 
-    jobs = {'loop': expert_loop, 'padded bmm': padded_bmm, 'grouped mm': grouped_mm}
+    jobs = {'loop': routed('torch', layers, s, [mask]), 'padded bmm': padded_bmm, 'grouped mm': grouped_mm}
     try:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
