@@ -521,11 +521,12 @@ def fetch(name):
 
     try:
         os.makedirs(folder, exist_ok=True)
-        if read_json(get('config.json')).get('model_type') == 'bert':
+        cached = [f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))]
+        if read_json(get('config.json')).get('model_type') == 'bert' and not cached:
             for file in ('vocab.txt', 'tokenizer_config.json'):  # for --tokenizer=wordpiece; some have other files
                 with contextlib.suppress(urllib.error.HTTPError):
                     get(file)
-        for file in [f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))] or WEIGHTS:
+        for file in cached or WEIGHTS:
             try:
                 path = get(file)
                 for shard in shards(path) if file.endswith('.json') else ():
