@@ -542,7 +542,7 @@ def peers(layers, E, s, mask, chosen):
 
 # ---------------------------------------------------------------------------------------------- GPU kernels compiled
 
-DTYPES = {'bf16': torch.bfloat16, 'fp32': torch.float32}                # fp16 compiles as bf16 does
+DTYPES = {'bf16': torch.bfloat16, 'fp32': torch.float32, 'fp16': torch.float16}
 TARGETS = {'cuda:80': ('cuda', 80, 32), 'cuda:90': ('cuda', 90, 32), 'hip': ('hip', 'gfx942', 64)}
 SHARED_LIMIT = {'cuda:80': 99 << 10, 'cuda:90': 227 << 10, 'hip': 64 << 10}  # 99 KB: sm_86 and sm_89 too
 
@@ -566,11 +566,11 @@ def compile_tile(tile, target, dtype, act='relu', E=128, EVEN=True):
                           PRECISION=kernel.precision(target, DTYPES[dtype]))
 
 
-def shipped(target, act='relu'):
-    """Everything a model with D 768 may launch -> (dtype, name, tile, compiled)."""
-    for dtype in DTYPES:
+def shipped(target, dtypes=('bf16', 'fp32'), act='relu', EVEN=True):
+    """Everything a model with D 768 (EVEN) may launch -> (dtype, name, tile, compiled)."""
+    for dtype in dtypes:
         for tile in kernel.TILES[target, DTYPES[dtype].itemsize]:
-            yield dtype, '{}x{} {},{} w{} s{}'.format(*tile), tile, compile_tile(tile, target, dtype, act)
+            yield dtype, '{}x{} {},{} w{} s{}'.format(*tile), tile, compile_tile(tile, target, dtype, act, EVEN=EVEN)
         few = kernel.decode_options(768)
         yield dtype, 'decode', None, compile_kernel(kernel.decode_kernel, target, dtype, ACT=act, BE=128, **few)
     yield 'any', 'dispatch', None, compile_kernel(kernel.dispatch_kernel, target, '', CHUNK=4096, BT=128, BE=32)

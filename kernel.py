@@ -213,7 +213,7 @@ def jit(kernel):  # a new number of tokens must not compile a new kernel
 @jit
 def activate(h, ACT: tl.constexpr):
     if ACT == 'relu':
-        h = tl.where(h < 0, 0.0, h)  # not a maximum: relu(NaN) is NaN
+        h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)  # relu(NaN) is NaN
     elif ACT == 'gelu':
         h = 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
     else:  # gelu_tanh, where (1 + tanh z) / 2 = sigmoid(2z)
@@ -407,7 +407,8 @@ def triton_expert_mlp(x, mask, w_in, b_in, w_out, b_out, offsets, act, rho=None)
 # ---------------------------------------------------------------------------------------------- C++
 
 ACTS = ['relu', 'gelu', 'gelu_tanh']
-FLAGS = ['-O3', '-march=native', '-std=c++17', '-shared', '-fPIC']
+FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC']
+NATIVE = [['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]  # the first that compiles and loads
 PID = os.getpid()
 
 
@@ -428,19 +429,23 @@ def cpu_name():
 def build(cxx):
     """Path of the shared library, compiled unless the cache has it."""
     version = subprocess.run([*cxx, '--version'], capture_output=True, text=True).stdout
-    key = '\0'.join([CPP, *cxx, *FLAGS, version, cpu_name()])
+    key = '\0'.join([CPP, *cxx, *FLAGS, *sum(NATIVE, []), version, cpu_name()])
     folder = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'd2dmoe')
     path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:16] + '.so')
     if os.path.exists(path):
         return path
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:  # the same file system: the rename is atomic
-        for openmp in (['-fopenmp'], []):
-            command = [*cxx, *FLAGS, *openmp, '-o', f'{tmp}/kernel.so', '-x', 'c++', '-']
+        for native in NATIVE:
+            command = [*cxx, *FLAGS, *native, '-o', f'{tmp}/kernel.so', '-x', 'c++', '-']
             done = subprocess.run(command, input=CPP, capture_output=True, text=True)
-            if done.returncode == 0:
-                os.replace(f'{tmp}/kernel.so', path)
-                return path
+            try:
+                if done.returncode == 0:
+                    ctypes.CDLL(f'{tmp}/kernel.so')  # OpenMP's runtime may be missing
+                    os.replace(f'{tmp}/kernel.so', path)
+                    return path
+            except OSError as e:
+                done.stderr = str(e)
     raise OSError(done.stderr.strip()[-2000:])
 
 
@@ -500,7 +505,13 @@ CPP = r'''
 #include <vector>
 typedef int64_t i64;
 
-enum { LANES = __BIGGEST_ALIGNMENT__ > 16 ? __BIGGEST_ALIGNMENT__ / 4 : 4 };  // 16 AVX-512, 8 AVX, 4 NEON and SSE
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else  // NEON, SSE
+enum { LANES = 4 };
+#endif
 enum { STRIP = 8 * LANES, GROUP = 96, SPAN = 24 };  // GROUP x STRIP floats: 24 KB with AVX2
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef float vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // the same, anywhere in memory
@@ -523,24 +534,39 @@ template <class W> static void widen(float* out, const W* in, i64 n) {
     for (; k + LANES <= n; k += LANES) *(vu*)(out + k) = load(in + k);
     for (; k < n; k++) out[k] = f32(in[k]);
 }
-static inline vf pinned(vf v) {  // in a register: GCC would rather load it once for each use
+
+// What the first matmul multiplies: fp32, to which bf16 is widened, unless the CPU multiplies pairs of bf16 itself
+template <class W> struct In { typedef float type; typedef vf vec; };
+template <class P> static inline void get(vf& v, P p) { v = load(p); }
+static inline void multiply_add(vf& sum, vf a, vf b) { sum += a * b; }
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define DOT(sum, a, b) (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b)
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#define DOT(sum, a, b) (vf)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b)
+#endif
+#ifdef DOT
+typedef uint16_t vb __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vbu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+template <> struct In<bf16> { typedef bf16 type; typedef vb vec; };
+static inline void get(vb& v, const bf16* p) { v = *(const vbu*)p; }
+static inline void multiply_add(vf& sum, vb a, vb b) { sum = DOT(sum, a, b); }
+#endif
+template <class V> static inline void pin(V& v) {  // in a register: GCC would rather load it once for each use
 #if defined(__x86_64__)
     __asm__("" : "+v"(v));
 #endif
-    return v;
 }
 
-static inline v4 fold(vf v) {
-    v4 part[LANES / 4];
-    memcpy(part, &v, sizeof v);
-    for (int i = 1; i < LANES / 4; i++) part[0] += part[i];
-    return part[0];
-}
-static inline v4 lane_sums(const vf* acc) {  // of four vectors, in one; always the same order of additions
-    v4 a = fold(acc[0]), b = fold(acc[1]), c = fold(acc[2]), d = fold(acc[3]);
-    v4 ab = v4{a[0], b[0], a[1], b[1]} + v4{a[2], b[2], a[3], b[3]};
-    v4 cd = v4{c[0], d[0], c[1], d[1]} + v4{c[2], d[2], c[3], d[3]};
-    return v4{ab[0], ab[1], cd[0], cd[1]} + v4{ab[2], ab[3], cd[2], cd[3]};
+static inline v4 lane_sums(const vf* sums) {  // of four vectors, in one; always the same order of additions
+    v4 part[4][LANES / 4], out;
+    memcpy(part, sums, sizeof part);
+    for (int j = 0; j < 4; j++) {
+        for (int i = 1; i < LANES / 4; i++) part[j][0] += part[j][i];
+        out[j] = (part[j][0][0] + part[j][0][1]) + (part[j][0][2] + part[j][0][3]);
+    }
+    return out;
 }
 
 __attribute__((noinline)) static v4 gelu(v4 h, int act) {  // out of line: its code would be in every tile
@@ -556,7 +582,6 @@ template <class W> struct Job {  // one call; kernel.py fills it through ctypes
     const int* offsets; W* y; i64 T, D, E; int act, threads;
     i64 strips() const { return (D + STRIP - 1) / STRIP; }
 };
-
 struct Buffer {  // aligned, so that no vector of ours straddles two cache lines
     float* p;
     Buffer(i64 n) : p((float*)aligned_alloc(64, n / 16 * 64 + 64)) {}
@@ -573,31 +598,32 @@ struct Scratch {  // one thread's, for a block of n tokens and groups of at most
 };
 
 // NT tokens x NJ neurons of the first matmul at a time. `row` is the first neuron's number in the group.
-template <int NT, int NJ, class P>
-static void tiles(const float* x, const int* token, int n, P w, const float* b, i64 D, int act, int row, Scratch& my) {
+template <class W, int NT, int NJ, class P, class X>
+static void tiles(const X* x, const int* token, int n, P w, const float* b, i64 D, int act, int row, Scratch& my) {
+    typedef typename In<W>::vec V;
+    const i64 N = sizeof(V) / sizeof(X);
     v4 bias = {};
     for (int j = 0; b && j < NJ; j++) bias[j] = b[j];
     for (; n >= NT; n -= NT, token += NT) {
-        const float* xs[NT];
+        const X* xs[NT];
         vf acc[NT][4] = {};
         for (int t = 0; t < NT; t++) xs[t] = x + token[t] * D;
         i64 k = 0;
-        for (; k + LANES <= D; k += LANES) {
-            vf xk[NT];
-            for (int t = 0; t < NT; t++) xk[t] = pinned(load(xs[t] + k));
+        for (; k + N <= D; k += N) {
+            V xk[NT], wk;
+            for (int t = 0; t < NT; t++) get(xk[t], xs[t] + k), pin(xk[t]);
             for (int j = 0; j < NJ; j++) {
-                vf wk = pinned(load(w + j * D + k));
-                for (int t = 0; t < NT; t++) acc[t][j] += xk[t] * wk;
+                get(wk, w + j * D + k), pin(wk);
+                for (int t = 0; t < NT; t++) multiply_add(acc[t][j], xk[t], wk);
             }
         }
         #pragma GCC unroll 4
         for (int t = 0; t < NT; t++) {
-            v4 h = lane_sums(acc[t]);
+            v4 h = lane_sums(acc[t]) + bias;
             int count = my.counts[token[t]];
             Unit* unit = &my.units[token[t] * my.group];
             for (i64 i = k; i < D; i++)
-                for (int j = 0; j < NJ; j++) h[j] += xs[t][i] * f32(w[j * D + i]);
-            h += bias;
+                for (int j = 0; j < NJ; j++) h[j] += f32(xs[t][i]) * f32(w[j * D + i]);
             h = act ? gelu(h, act) : h < v4{} ? v4{} : h;  // NaN < 0 is false: relu(NaN) is NaN
             auto alive = h != v4{};  // 0 or -1; true for NaN
             for (int j = 0; j < NJ; j++) {
@@ -607,24 +633,29 @@ static void tiles(const float* x, const int* token, int n, P w, const float* b, 
             my.counts[token[t]] = count;
         }
     }
-    if constexpr (NT > 1) tiles<NT - 1, NJ>(x, token, n, w, b, D, act, row, my);
+    if constexpr (NT > 1) tiles<W, NT - 1, NJ>(x, token, n, w, b, D, act, row, my);
 }
 
 // Hidden units of neurons j0 .. j1 for the first n of my.token, in nearly equal tiles of at most four neurons
-template <class W> static void hidden(const Job<W>& job, const float* x, int n, i64 j0, i64 j1, i64 g0, Scratch& my) {
+template <class W, class X> static void hidden(const Job<W>& job, X* x, int n, i64 j0, i64 j1, i64 g0, Scratch& my) {
     // SPAN tokens at a time: their rows of x stay in the L2 cache for all the neurons
     for (int i = 0; i < n; i += SPAN) for (i64 j = j0, nj; j < j1; j += nj) {
         i64 left = (j1 - j + 3) / 4;
         nj = (j1 - j + left - 1) / left;
         auto run = [&](auto* w) {
             typedef decltype(w) P;
-            auto* f = nj == 4 ? tiles<3, 4, P> : nj == 3 ? tiles<3, 3, P> : nj == 2 ? tiles<3, 2, P> : tiles<3, 1, P>;
+            auto* f = nj == 4 ? tiles<W, 3, 4, P, X> : nj == 3 ? tiles<W, 3, 3, P, X>
+                    : nj == 2 ? tiles<W, 3, 2, P, X> : tiles<W, 3, 1, P, X>;
             const float* b = job.b_in ? job.b_in + j : nullptr;
             f(x, &my.token[i], std::min<int>(SPAN, n - i), w, b, job.D, job.act, j - g0, my);
         };
         const W* w = job.w_in + j * job.D;
-        if (sizeof(W) == 4 || n <= 3) run(w);
-        else widen(my.w_in, w, nj * job.D), run((const float*)my.w_in);  // once for all tiles
+        if constexpr (sizeof(W) < sizeof(X))
+            if (n > 3) {  // once for all tiles
+                widen(my.w_in, w, nj * job.D), run((const float*)my.w_in);
+                continue;
+            }
+        run(w);
     }
 }
 
@@ -648,8 +679,9 @@ template <class W> static inline void outer(float* sum, const Unit* unit, int n,
 template <class W>
 static void experts(const Job<W>& job, i64 t0, i64 n, i64 f0, i64 f1, float* sum, float* copy, Scratch& my) {
     const i64 D = job.D, E = job.E;
-    const float* x = (const float*)(job.x + t0 * D);
-    if (sizeof(W) < 4) widen(my.x, job.x + t0 * D, n * D), x = my.x;
+    typedef typename In<W>::type X;
+    const X* x = (const X*)(job.x + t0 * D);
+    if (sizeof(W) < sizeof(X)) widen(my.x, job.x + t0 * D, n * D), x = (const X*)my.x.p;
     memset(sum, 0, job.strips() * n * STRIP * 4);
     for (i64 g0 = f0, g1, e = 0; g0 < f1; g0 = g1) {
         g1 = std::min(g0 + my.group, f1);

@@ -88,12 +88,26 @@ def projections(model, names):
     return [(f'{i}.{n}', getattr(block.attn, n)) for i, block in enumerate(model.blocks) for n in 'qkvo' if n in names]
 
 
+@torch.no_grad()
+def as_mlp(linear):
+    """The MLP of a projection's cost that starts closest to it: v x = relu(v x) - relu(-v x), so its H hidden
+    neurons are the H / 2 largest singular vectors of W and their negatives, half of them zero for any x."""
+    W, D = linear.weight, linear.weight.shape[1]
+    mlp = MLP(D, projection_width(D), 'relu').to(W)
+    U, S, V = torch.linalg.svd(W.float(), full_matrices=False)                          # W = U diag(S) V
+    n = len(mlp.w_in) // 2
+    for rows, sign in ((slice(0, n), 1), (slice(n, 2 * n), -1)):
+        mlp.w_in[rows] = sign * V[:n] * S[:n, None].sqrt()
+        mlp.w_out[rows] = sign * U.T[:n] * S[:n, None].sqrt()
+    mlp.b_out.copy_(linear.bias)
+    return mlp
+
+
 def replace_projections(model, names):
-    """Fresh MLPs of the same cost instead of the projections in `names`, in place."""
-    D = model.config.n_embd
+    """MLPs of the same cost instead of the projections in `names`, in place."""
     for block in model.blocks:
         for name in names:
-            setattr(block.attn, name, MLP(D, projection_width(D), 'relu').to(model.wte.weight.device))
+            setattr(block.attn, name, as_mlp(getattr(block.attn, name)))
     model.config.projections = names
 
 
