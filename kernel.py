@@ -506,11 +506,16 @@ CPP = r'''
 typedef int64_t i64;
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 enum { LANES = 16 };
-#elif defined(__AVX__)
+#define WIDE(p) (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p)))
+#elif defined(__AVX2__)
+#include <immintrin.h>
 enum { LANES = 8 };
+#define WIDE(p) (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p)))
 #else  // NEON, SSE
 enum { LANES = 4 };
+#define WIDE(p) __builtin_convertvector(*(const vh*)(p), vi)  // GCC needs five instructions for it on AVX
 #endif
 enum { STRIP = 8 * LANES, GROUP = 96, SPAN = 24 };  // GROUP x STRIP floats: 24 KB with AVX2
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -523,7 +528,7 @@ struct bf16 { uint16_t bits; };  // the upper half of an fp32
 static inline float f32(float v) { return v; }
 static inline float f32(bf16 v) { uint32_t u = (uint32_t)v.bits << 16; float f; memcpy(&f, &u, 4); return f; }
 static inline vf load(const float* p) { return *(const vu*)p; }
-static inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vi) << 16); }
+static inline vf load(const bf16* p) { return (vf)(WIDE(p) << 16); }
 static inline void store(float* p, float v) { *p = v; }
 static inline void store(bf16* p, float v) {  // to nearest, ties to even; a NaN stays one
     uint32_t u; memcpy(&u, &v, 4);
@@ -537,10 +542,9 @@ template <class W> static void widen(float* out, const W* in, i64 n) {
 
 // What the first matmul multiplies: fp32, to which bf16 is widened, unless the CPU multiplies pairs of bf16 itself
 template <class W> struct In { typedef float type; typedef vf vec; };
-template <class P> static inline void get(vf& v, P p) { v = load(p); }
+template <class V, class P> static inline V get(P p) { return load(p); }
 static inline void multiply_add(vf& sum, vf a, vf b) { sum += a * b; }
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
 #define DOT(sum, a, b) (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b)
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
@@ -550,23 +554,27 @@ static inline void multiply_add(vf& sum, vf a, vf b) { sum += a * b; }
 typedef uint16_t vb __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vbu __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 template <> struct In<bf16> { typedef bf16 type; typedef vb vec; };
-static inline void get(vb& v, const bf16* p) { v = *(const vbu*)p; }
+template <> inline vb get<vb>(const bf16* p) { return *(const vbu*)p; }
 static inline void multiply_add(vf& sum, vb a, vb b) { sum = DOT(sum, a, b); }
 #endif
-template <class V> static inline void pin(V& v) {  // in a register: GCC would rather load it once for each use
+template <class V> static inline V pinned(V v) {  // in a register: GCC would rather load it once for each use
 #if defined(__x86_64__)
     __asm__("" : "+v"(v));
 #endif
+    return v;
 }
 
-static inline v4 lane_sums(const vf* sums) {  // of four vectors, in one; always the same order of additions
-    v4 part[4][LANES / 4], out;
-    memcpy(part, sums, sizeof part);
-    for (int j = 0; j < 4; j++) {
-        for (int i = 1; i < LANES / 4; i++) part[j][0] += part[j][i];
-        out[j] = (part[j][0][0] + part[j][0][1]) + (part[j][0][2] + part[j][0][3]);
-    }
-    return out;
+static inline v4 fold(vf v) {
+    v4 part[LANES / 4];
+    memcpy(part, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) part[0] += part[i];
+    return part[0];
+}
+static inline v4 lane_sums(const vf* acc) {  // of four vectors, in one; always the same order of additions
+    v4 a = fold(acc[0]), b = fold(acc[1]), c = fold(acc[2]), d = fold(acc[3]);
+    v4 ab = v4{a[0], b[0], a[1], b[1]} + v4{a[2], b[2], a[3], b[3]};
+    v4 cd = v4{c[0], d[0], c[1], d[1]} + v4{c[2], d[2], c[3], d[3]};
+    return v4{ab[0], ab[1], cd[0], cd[1]} + v4{ab[2], ab[3], cd[2], cd[3]};
 }
 
 __attribute__((noinline)) static v4 gelu(v4 h, int act) {  // out of line: its code would be in every tile
@@ -610,10 +618,10 @@ static void tiles(const X* x, const int* token, int n, P w, const float* b, i64 
         for (int t = 0; t < NT; t++) xs[t] = x + token[t] * D;
         i64 k = 0;
         for (; k + N <= D; k += N) {
-            V xk[NT], wk;
-            for (int t = 0; t < NT; t++) get(xk[t], xs[t] + k), pin(xk[t]);
+            V xk[NT];
+            for (int t = 0; t < NT; t++) xk[t] = pinned(get<V>(xs[t] + k));
             for (int j = 0; j < NJ; j++) {
-                get(wk, w + j * D + k), pin(wk);
+                V wk = pinned(get<V>(w + j * D + k));
                 for (int t = 0; t < NT; t++) multiply_add(acc[t][j], xk[t], wk);
             }
         }

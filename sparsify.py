@@ -13,7 +13,9 @@ alpha rises linearly over the first `sparsity_ramp` of the run (D2DMoE, section 
 and GPT-2, the clamp for models that keep GELU).
 
 Attention projections have no hidden neurons to be sparse. Before that penalty each may become an MLP of the same
-cost, which is then an MLP like any other: it learns, by itself, what the frozen original makes of its inputs,
+cost, which is then an MLP like any other. It starts from the largest singular vectors of W (the authors start from
+random weights: a relative error of 0.5 to 0.8 after 150 steps on MiniLM, where this begins with 0.3 to 0.55) and
+learns, by itself, what the frozen original makes of its inputs,
 
     loss = |MLP(x) - (W x + b)|^2 / |W x + b|^2 + 1e-3 * progress * hoyer
 
@@ -96,6 +98,7 @@ def as_mlp(linear):
     mlp = MLP(D, projection_width(D), 'relu').to(W)
     U, S, V = torch.linalg.svd(W.float(), full_matrices=False)                          # W = U diag(S) V
     n = len(mlp.w_in) // 2
+    mlp.w_out.zero_()                                            # an odd neuron starts random and adds nothing
     for rows, sign in ((slice(0, n), 1), (slice(n, 2 * n), -1)):
         mlp.w_in[rows] = sign * V[:n] * S[:n, None].sqrt()
         mlp.w_out[rows] = sign * U.T[:n] * S[:n, None].sqrt()

@@ -1193,6 +1193,22 @@ def test_a_padded_batch_is_its_sequences(labelled):
 
 # ---------------------------------------------------------------------------------------------- attention projections
 
+@pytest.mark.parametrize('D', [6, 9, 33])
+def test_a_projection_starts_as_its_best_low_rank_mlp(D):
+    linear = M.Linear(D, D)
+    torch.nn.init.normal_(linear.weight)
+    torch.nn.init.normal_(linear.bias)
+    with torch.no_grad():
+        mlp = sparsify.as_mlp(linear)
+        rows = mlp(torch.cat([torch.zeros(1, D), torch.eye(D), -torch.eye(D)]))         # an affine map, column by column
+        values = torch.linalg.svdvals(linear.weight)
+    torch.testing.assert_close(rows[0], linear.bias)
+    torch.testing.assert_close(rows[1:D + 1] - rows[0], rows[0] - rows[D + 1:])
+    lost = (rows[1:D + 1] - rows[0] - linear.weight.T).norm()                           # Eckart and Young: what is left out
+    assert len(mlp.w_in) == M.projection_width(D) and lost.item() == pytest.approx(
+        values[M.projection_width(D) // 2:].norm().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize('config', [{}, BERT])
 def test_distillation_lowers_the_error(config):
     original, m = tiny(**config), tiny(**config)
