@@ -82,7 +82,7 @@ def classification(predicted, labels):
 @torch.no_grad()
 def evaluate(model, batches, cross_entropy):
     """Of every batch the loss (n,), the tokens (n,), the share of neurons run in each MLP (n, MLPs) and what was
-    predicted, a list; and the last batch's tap."""
+    predicted, a list."""
     losses, shares, predicted = [], [], []
     for inputs, targets in batches:
         tap = []
@@ -92,7 +92,19 @@ def evaluate(model, batches, cross_entropy):
         shares.append([1.0 if t['mask'] is None else (t['mask'].float().mean(0) @ mlp.offsets.diff().float()).item()
                        / mlp.w_in.shape[0] for t, mlp in zip(tap, model.mlps())])
     tokens = torch.tensor([n_tokens(inputs) for inputs, _ in batches])
-    return torch.stack(losses).cpu(), tokens, torch.tensor(shares), predicted, tap
+    return torch.stack(losses).cpu(), tokens, torch.tensor(shares), predicted
+
+
+@torch.no_grad()
+def activity(model, batches):
+    """How sparse each MLP is over all tokens of the batches: (MLPs, 4), see sparsify.statistics: the share of zeros,
+    and of activations below 1/10, 1/100 and 1/1000 of the token's largest."""
+    found = []
+    for inputs, _ in batches:
+        tap = []
+        model(**inputs, tap=tap)
+        found.append([(s['zeros'], *s['below']) for s in sparsify.statistics(tap)])
+    return np.average(found, axis=0, weights=[n_tokens(inputs) for inputs, _ in batches])
 
 
 def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print):
@@ -101,20 +113,19 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
     models: {'dense', 'sparse', and a router loss for each converted one}. Every second batch is reported, the
     others are there to pick tau by ('loss_pick', 'accuracy_pick'). Each row is timed in turn with dense on the
     list of inputs `prefill`. FLOPs are those of the mean length without padding.
-    Returns the rows and the share of exact zeros in each MLP of the sparse model (over the last batch).
+    Routers with a rule of their own are run with top-k, too: it is the control.
     """
     routed = [name for name in models if name in router.LOSSES]
     todo = [('dense', '', None), ('sparse', '', None)]
     for name in [*routed, 'oracle']:
-        usual = router.USUAL_RULE[name]                          # top-k beside dynamic-k: its control
-        rules = [rule] if rule else [usual, 'topk'] if usual == 'dynk' else [usual]
+        rules = [rule] if rule else [router.USUAL_RULE[name], 'topk']
         todo += [(name, r, t) for r in dict.fromkeys(rules) for t in (GRID[r] if tau is None else [tau])]
-    rows, zeros, began = [], None, time.time()
+    rows, began = [], time.time()
     dense, report = models['dense'], slice(1, None, 2) if len(batches) > 1 else slice(None)
     for i, (name, rule, tau) in enumerate(todo):
         model = models[routed[0] if name == 'oracle' else name]
         model.set_rule(rule, tau or 0.0, oracle=name == 'oracle')
-        losses, tokens, shares, predicted, tap = evaluate(model, batches, cross_entropy)
+        losses, tokens, shares, predicted = evaluate(model, batches, cross_entropy)
         tokens = tokens[report]
         rho = (tokens[:, None] * shares[report] / tokens.sum()).sum(0).tolist()
         seq_len = tokens.sum().item() / sum(len(targets) for _, targets in batches[report])
@@ -143,21 +154,29 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
                                          for part in (report, slice(None, None, 2)))
             rows[i] |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=pick)
         rows[i]['delta'] = rows[i]['loss'] / rows[0]['loss'] - 1
-        if name == 'sparse':
-            zeros = [s['zeros'] for s in sparsify.statistics(tap)]
         if i % 5 == 4:
             left = (time.time() - began) / (i + 1) * (len(todo) - i - 1)
             say(f'eval    {i + 1}/{len(todo)}  {left:.0f} s left', flush=True)
     for row in rows:
         row['delta_sparse'] = row['loss'] / rows[1]['loss'] - 1
-    return rows, zeros
+    return rows
 
 
 def report(models, results, inputs, folder, say=print):
     """Print the table; results.json and its picture, and the masks of `inputs` for --routing, go into `folder`."""
     rows, path = results['rows'], functools.partial(os.path.join, folder)
     write_atomically(path('results.json'), lambda t: Path(t).write_text(json.dumps(results, indent=1)))
-    print_sweep(rows, results['zeros'], say)
+    print_sweep(rows, say)
+    ffns, activities = models['sparse'].ffns(), np.array(results['activity'])
+    for what, mine in (('FFNs', True), ('projections', False)):
+        some = activities[[(mlp in ffns) == mine for mlp in models['sparse'].mlps()]]
+        if len(some) and some[:, 0].any():
+            say(f'zeros among the hidden activations of the sparse {what}: {some[:, 0].mean():.1%} '
+                f'({" ".join(f"{z:.0%}" for z in some[:, 0])})')
+        elif len(some):                                          # GELU has none
+            say(f'hidden activations of the sparse {what} below 1/10, 1/100, 1/1000 of the token\'s largest: '
+                + ', '.join(f'{z:.1%}' for z in some[:, 1:].mean(0)))
+    print_choice(rows, say)
     if row := next((r for (name, _), r in picked(rows).items() if name in models), None):
         model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
         with torch.no_grad():
@@ -168,7 +187,7 @@ def report(models, results, inputs, folder, say=print):
     say(f'\n{path("results.json")} has every row' + plot_sweep(rows, path('results.png')))
 
 
-def print_sweep(rows, zeros, say=print):
+def print_sweep(rows, say=print):
     labelled = rows[0]['metric'] == 'accuracy'
     say(f'\n{"method":8s}{"router":>8s}{"tau":>10s}{"experts":>9s}{"FLOPs":>8s}{"loss":>9s}{"vs dense":>10s}'
         f'{"ms/1k tok":>11s}{"speedup":>9s}' + (f'{"accuracy":>10s}{"macro-F1":>10s}' if labelled else ''))
@@ -178,8 +197,11 @@ def print_sweep(rows, zeros, say=print):
         say(f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{tau:>10s}{r["experts"]:9.1%}{r["flops"]:8.1%}'
             f'{r["loss"]:9.4f}{r["delta"]:+10.2%}{timing}'
             + (f'{r["accuracy"]:10.2%}{r["macro_f1"]:10.2%}' if labelled else ''))
-    say(f'\nzeros after sparsify: {np.mean(zeros):.1%} of hidden activations ({" ".join(f"{z:.0%}" for z in zeros)} '
-        f'by MLP), loss {rows[1]["delta"]:+.2%} against dense')
+    say(f'\nsparse: loss {rows[1]["delta"]:+.2%} against dense')
+
+
+def print_choice(rows, say=print):
+    labelled = rows[0]['metric'] == 'accuracy'
     say('cheapest tau within 1 % of all experts on, picked on one half of the held-out set, reported on the other:')
     curves = {(r['router_loss'], r['rule']): [] for r in rows[2:]}
     for r in rows[2:]:
@@ -190,8 +212,8 @@ def print_sweep(rows, zeros, say=print):
             + (f', accuracy {r["accuracy"]:.2%} (dense {rows[0]["accuracy"]:.2%})' if labelled else '')
             + (f', {r["speedup"]:.2f} x dense' if r['speedup'] else ''))
     for name in dict.fromkeys(name for name, _ in curves):
-        usual = curves.get((name, 'dynk'))
-        if usual and len(curves.get((name, 'topk'), ())) > 1:
+        usual = curves.get((name, router.USUAL_RULE[name]))
+        if usual and usual[0]['rule'] != 'topk' and len(curves.get((name, 'topk'), ())) > 1:
             gap = flops_gap(usual, curves[name, 'topk'])
             say(f'  {name:8s}{usual[0]["rule"]} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on average, '
                 f'{max(gap):+.2%} at worst, over {len(gap)} points')

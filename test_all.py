@@ -856,7 +856,7 @@ def test_end_to_end(finished, text, capsys):
     dense, sparse, *rest = results['rows']
     assert dense['method'] == 'dense' and dense['speedup'] == 1 and dense['delta'] == 0 and sparse['delta_sparse'] == 0
     assert {(r['router_loss'], r['rule']) for r in rest} == {
-        ('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'), ('oracle', 'dynk'),
+        ('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'), ('active', 'topk'), ('oracle', 'dynk'),
         ('oracle', 'topk')}
     for r in rest:
         assert 0 <= r['experts'] <= 1 and r['delta'] == pytest.approx(r['loss'] / dense['loss'] - 1)
@@ -1189,6 +1189,8 @@ def test_a_padded_batch_is_its_sequences(labelled):
     loss, total, share, *_ = bench.evaluate(m, [(inputs, targets)], train.cross_entropy)
     assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-4) and tokens.sum() == total
     assert torch.allclose((tokens[:, None] * shares).sum(0) / total, share[0], atol=1e-4)
+    whole = [(inputs, targets)]
+    np.testing.assert_allclose(bench.activity(m, single), bench.activity(m, whole), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- attention projections

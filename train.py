@@ -771,10 +771,11 @@ def evaluation(o, typed, say=print):
     corpus = open_corpus(o, say)
     batches = held_out(corpus, o, pick_device(o))
     timed = held_out(corpus, o, pick_device(o), *((128, 32) if corpus.classes else (16, 16)))
-    rows, zeros = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, say)
+    rows = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, say)
     for row in rows:
         row |= dict(split=o.split, seed=o.seed)
-    results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), zeros=zeros, rows=rows)
+    results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), rows=rows,
+                   activity=bench.activity(models['sparse'], batches).tolist())
     bench.report(models, results, timed[0][0], o.out_dir, say)
     return results
 
