@@ -598,22 +598,22 @@ struct Buffer {  // aligned, so that no vector of ours straddles two cache lines
 };
 struct Unit { float h; int row; };  // a hidden unit that is not zero, and its row of w_out
 struct Scratch {  // one thread's, for a block of n tokens and groups of at most `group` neurons
-    Buffer x, w_in;                  // x and four rows of w_in, where these are widened
+    Buffer x;                        // where it is widened
     i64 group;
     std::vector<Unit> units;         // (n, group): for each token its units in the current group
     std::vector<int> counts, token;  // (n): how many; the tokens that want an expert
-    Scratch(i64 n, i64 D, i64 group) : x(n * D), w_in(4 * D), group(group), units(n * group), counts(n), token(n) {}
+    Scratch(i64 n, i64 D, i64 group) : x(n * D), group(group), units(n * group), counts(n), token(n) {}
 };
 
 // NT tokens x NJ neurons of the first matmul at a time. `row` is the first neuron's number in the group.
-template <class W, int NT, int NJ, class P, class X>
-static void tiles(const X* x, const int* token, int n, P w, const float* b, i64 D, int act, int row, Scratch& my) {
+template <class W, int NT, int NJ, class X>
+static void tiles(X* x, const int* token, int n, const W* w, const float* b, i64 D, int act, int row, Scratch& my) {
     typedef typename In<W>::vec V;
     const i64 N = sizeof(V) / sizeof(X);
     v4 bias = {};
     for (int j = 0; b && j < NJ; j++) bias[j] = b[j];
     for (; n >= NT; n -= NT, token += NT) {
-        const X* xs[NT];
+        X* xs[NT];
         vf acc[NT][4] = {};
         for (int t = 0; t < NT; t++) xs[t] = x + token[t] * D;
         i64 k = 0;
@@ -650,20 +650,9 @@ template <class W, class X> static void hidden(const Job<W>& job, X* x, int n, i
     for (int i = 0; i < n; i += SPAN) for (i64 j = j0, nj; j < j1; j += nj) {
         i64 left = (j1 - j + 3) / 4;
         nj = (j1 - j + left - 1) / left;
-        auto run = [&](auto* w) {
-            typedef decltype(w) P;
-            auto* f = nj == 4 ? tiles<W, 3, 4, P, X> : nj == 3 ? tiles<W, 3, 3, P, X>
-                    : nj == 2 ? tiles<W, 3, 2, P, X> : tiles<W, 3, 1, P, X>;
-            const float* b = job.b_in ? job.b_in + j : nullptr;
-            f(x, &my.token[i], std::min<int>(SPAN, n - i), w, b, job.D, job.act, j - g0, my);
-        };
-        const W* w = job.w_in + j * job.D;
-        if constexpr (sizeof(W) < sizeof(X))
-            if (n > 3) {  // once for all tiles
-                widen(my.w_in, w, nj * job.D), run((const float*)my.w_in);
-                continue;
-            }
-        run(w);
+        auto* f = nj == 4 ? tiles<W, 3, 4, X> : nj == 3 ? tiles<W, 3, 3, X> : nj == 2 ? tiles<W, 3, 2, X> : tiles<W, 3, 1, X>;
+        f(x, &my.token[i], std::min<int>(SPAN, n - i), job.w_in + j * job.D, job.b_in ? job.b_in + j : nullptr,
+          job.D, job.act, j - g0, my);
     }
 }
 
