@@ -650,7 +650,8 @@ template <class W, class X> static void hidden(const Job<W>& job, X* x, int n, i
     for (int i = 0; i < n; i += SPAN) for (i64 j = j0, nj; j < j1; j += nj) {
         i64 left = (j1 - j + 3) / 4;
         nj = (j1 - j + left - 1) / left;
-        auto* f = nj == 4 ? tiles<W, 3, 4, X> : nj == 3 ? tiles<W, 3, 3, X> : nj == 2 ? tiles<W, 3, 2, X> : tiles<W, 3, 1, X>;
+        auto* f = nj == 4 ? tiles<W, 3, 4, X> : nj == 3 ? tiles<W, 3, 3, X>
+                : nj == 2 ? tiles<W, 3, 2, X> : tiles<W, 3, 1, X>;
         f(x, &my.token[i], std::min<int>(SPAN, n - i), job.w_in + j * job.D, job.b_in ? job.b_in + j : nullptr,
           job.D, job.act, j - g0, my);
     }

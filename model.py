@@ -607,6 +607,9 @@ def read_folder(folder):
     prefix = next((m[1] for m in found if m), '')
     tensors = {name.removeprefix(prefix).replace('LayerNorm.gamma', 'LayerNorm.weight')      # TensorFlow's names
                .replace('LayerNorm.beta', 'LayerNorm.bias'): read for name, read in raw.items()}
+    if len(tensors) < len(raw):
+        twice = next(name for name in raw if prefix and prefix + name in raw or 'LayerNorm.g' in name or '.beta' in name)
+        raise BadInput(f'{folder}: holds tensor {twice} twice, under two names')
     config = published_config(j, tensors, path)
     state, conv = read_routing(folder, config), config.causal
     try:

@@ -70,7 +70,7 @@ class Options:
     # the loop
     seed: int = 0                    # repeats a CPU run bit for bit
     device: str = 'auto'             # auto, cpu, cuda, mps
-    compile: bool = False            # torch.compile while training
+    compile: bool = False            # torch.compile in base, dense and sparsify
     batch_size: int = 8              # sequences a micro-step
     grad_accum: int = 1              # micro-steps a step
     learning_rate: float = 2e-3      # of the base; cosine to a tenth, warm-up over 5 %
