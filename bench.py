@@ -170,17 +170,17 @@ def report(models, results, inputs, folder, say=print):
     ffns, activities = models['sparse'].ffns(), np.array(results['activity'])
     for what, mine in (('FFNs', True), ('projections', False)):
         some = activities[[(mlp in ffns) == mine for mlp in models['sparse'].mlps()]]
-        if len(some) and some[:, 0].any():
+        if len(some) and (models['sparse'].config.activation == 'relu' or not mine):
             say(f'zeros among the hidden activations of the sparse {what}: {some[:, 0].mean():.1%} '
                 f'({" ".join(f"{z:.0%}" for z in some[:, 0])})')
-        elif len(some):                                          # GELU has none
+        elif len(some):                                          # GELU has next to none
             say(f'hidden activations of the sparse {what} below 1/10, 1/100, 1/1000 of the token\'s largest: '
                 + ', '.join(f'{z:.1%}' for z in some[:, 1:].mean(0)))
     print_choice(rows, say)
     if row := next((r for (name, _), r in picked(rows).items() if name in models), None):
         model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
         with torch.no_grad():
-            model(**inputs, tap=tap)
+            model.encode(**inputs, tap=tap)
         masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
         facts = dict(masks=masks, D=model.config.n_embd, F=model.config.n_hidden)
         write_atomically(path('routing.pt'), functools.partial(torch.save, facts))
@@ -460,10 +460,12 @@ def gpt2_pair(device, rho, s=24):
     converted.load_state_dict(dense.state_dict())
     for mlp in converted.mlps():
         mlp.sort_neurons(torch.arange(3072, device=device), torch.arange(0, 3072 + s, s))
-        mlp.rho = rho
     converted.add_experts([3072 // s] * 12)
     converted.add_routers('norm', 128)
-    return dense, converted.requires_grad_(False).set_rule('topk', rho)
+    converted.requires_grad_(False).set_rule('topk', rho)
+    for mlp in converted.mlps():
+        mlp.rho = rho
+    return dense, converted
 
 
 def whole_model(o, device, name, run, tokens, T):
@@ -622,6 +624,7 @@ def resources(binary, target):
 GPUS = {  # FLOP/s of dense and of experts by bytes an element (fp32 plain; tf32 / 3), bytes/s of HBM, of L2 (assumed)
     'cuda:80': ('A100', {2: (312e12, 312e12), 4: (19.5e12, 52e12)}, 2.0e12, 4.0e12),
     'cuda:90': ('H100', {2: (989e12, 989e12), 4: (67e12, 165e12)}, 3.35e12, 5.5e12),
+    'hip': ('MI300X', {2: (1307e12, 1307e12), 4: (163e12, 163e12)}, 5.3e12, 8e12),
 }
 
 
@@ -631,7 +634,7 @@ def roofline(tile, target, T, D, E, s, size, rho):
     BM, SB = tile[:2]
     items = kernel.triton.cdiv(s, SB)            # an expert is that many items wide; each gathers x and adds to y
     pair_bytes, pair_flops = D * (items * (size + 4) + 2 * s * size / BM), 4 * D * items * SB
-    _, peaks, hbm, l2 = GPUS.get(target, GPUS['cuda:80'])
+    _, peaks, hbm, l2 = GPUS[target]
     once = 2 * D * size * (T + E * s) / hbm                      # x, y and the weights
     dense = max(4 * T * E * s * D / peaks[size][0], once)
     touched = min(1.0, T * rho)                                  # of the weights, by few tokens
@@ -647,8 +650,8 @@ def kernel_report():
         sys.exit('the GPU kernels need triton: pip install triton (Linux)')
     shapes = [(24, 128), (128, 24)]
     print('KB through L2 and kFLOP per (token, expert) pair, padding included, at D 768; the most that can be gained\n'
-          'over dense at rho 0.25, T 4096 and what stops it (A100 for cuda:80, H100 for cuda:90): a model, not a\n'
-          'timing. * marks the tile chosen there.\n')
+          'over dense at rho 0.25, T 4096 and what stops it (A100 for cuda:80, H100 for cuda:90, MI300X for hip):\n'
+          'a model, not a timing. * marks the tile chosen there.\n')
     print('target  type kernel              regs spills stack shared instructions          '
           + ''.join(f'{f"{E} experts x {s}: KB kFLOP gain":36}' for E, s in shapes))
     for target in TARGETS:
@@ -661,7 +664,7 @@ def kernel_report():
                 pair_bytes, pair_flops, gain, bound = roofline(tile, target, 4096, 768, E, s, size, 0.25)
                 chosen = tile == kernel.choose_tile(kernel.TILES[target, size], 1024, E, s, chunks=1, processors=132)[0]
                 columns = f'{pair_bytes / 1e3:16.1f}{pair_flops / 1e3:6.0f}{gain:6.2f} {bound}{"*" * chosen}'
-                print(columns.replace('nan', '  -').ljust(36), end='')
+                print(columns.ljust(36), end='')
             print(flush=True)
 
 
@@ -691,7 +694,8 @@ def main():
     parser = argparse.ArgumentParser(description='Wall-clock of routed MLPs against the fastest dense ones, as ratios '
                                      'within one run.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--suite', choices=suites, default='layer', help='a layer, a GPT-2, or peers')
-    parser.add_argument('--impl', choices=('cpp', 'triton', 'torch', 'dense'), help='force an implementation')
+    parser.add_argument('--impl', choices=('cpp', 'triton', 'torch', 'dense'), 
+                        help='force an implementation (suites layer and peers)')
     parser.add_argument('--routing', metavar='FILE', help="masks of a trained model (train.py's routing.pt) to replay")
     parser.add_argument('--json', metavar='FILE', help='write a JSON line for each row')
     parser.add_argument('--plot', metavar='FILE.png', help='draw time against executed experts (suite layer)')
@@ -700,6 +704,8 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     say(' · '.join(f'{k} {v}' for k, v in machine().items() if v) + '\n')
     try:
+        if o.impl == 'cpp' and not kernel.have_cpp():
+            raise BadInput('--impl=cpp needs a C++ compiler; the warning above says what failed')
         if o.plot:
             pyplot()                                             # before the measurement, not after it
         for path in filter(None, (o.json, o.plot)):

@@ -84,9 +84,9 @@ def choose(x, mask, w_in, act, rho):
         # Many tokens of small experts are bound by moving x in and y out, at s / rho FLOPs a byte: the roofline of
         # `python kernel.py` (never checked on a GPU) gains over dense in bf16 from s > 222 rho on an A100 and
         # s > 512 rho on an H100, in fp32 from s > 32 rho. Few tokens only read the weights they need.
-        s, hopper = w_in.shape[0] / mask.shape[1], machine(x.device)[0] == 'cuda:90'
+        s, hopper = w_in.shape[0] / max(1, mask.shape[1]), machine(x.device)[0] == 'cuda:90'
         limit = 1.0 if x.shape[0] <= FEW else s / 32 if x.element_size() == 4 else s / 512 if hopper else s / 222
-        return 'triton' if (rho or 0.25) < min(limit, 0.8) else 'dense'
+        return 'triton' if (0.25 if rho is None else rho) < min(limit, 0.8) else 'dense'
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or not have_cpp():
         return 'dense' if x.device.type == 'mps' else 'torch'
     # `python bench.py --impl=cpp`: at rho = 1 the kernel is 1.1 to 1.3 times as fast as dense, because half of ReLU's
@@ -124,7 +124,7 @@ def fastest_linear(rows, shape, contiguous, dtype):
     """F.linear (MKL in fp32), oneDNN or a detour by fp32: what is fastest for 2^rows / 2 tokens and this weight."""
     weight = torch.randn(shape).to(dtype) if contiguous else torch.randn(shape[::-1]).to(dtype).T
     x, best = torch.randn(max(1, 1 << rows - 1), shape[1]).to(dtype), {}
-    jobs = (F.linear, onednn) if dtype == torch.float32 else (F.linear, onednn, in_fp32)
+    jobs = (F.linear, onednn, in_fp32) if dtype.itemsize == 2 else (F.linear, onednn)
     for f in jobs * 4:                                           # in turn; the first round warms up
         try:
             start = time.perf_counter()
@@ -152,24 +152,24 @@ def reference(x, mask, w_in, b_in, w_out, b_out, offsets, act):
 
 def dense_masked(x, mask, w_in, b_in, w_out, b_out, offsets, act):
     """Computes everything, block of tokens by block of tokens, and zeroes what was not chosen, if anything."""
-    if x.is_cpu and mask.all():
-        return dense_mlp(x, w_in, b_in, w_out, b_out, act)
-    y = torch.empty_like(x)
+    y, everything = torch.empty_like(x), x.is_cpu and bool(mask.all())
     for i in range(0, len(x), 4096):
         a = ACTIVATIONS[act](linear(x[i:i + 4096], w_in, b_in))                         # (4096, F)
-        y[i:i + 4096] = linear(a.masked_fill_(~neuron_mask(mask[i:i + 4096], offsets, len(w_in)), 0), w_out.t(), b_out)
+        if not everything:
+            a.masked_fill_(~neuron_mask(mask[i:i + 4096], offsets, len(w_in)), 0)
+        y[i:i + 4096] = linear(a, w_out.t(), b_out)
     return y
 
 
 def expert_loop(x, mask, w_in, b_in, w_out, b_out, offsets, act):
     """The best that plain torch has: gather an expert's tokens, two matmuls, add the rows back."""
-    y = torch.zeros_like(x, dtype=torch.float32)
+    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     edges = offsets.tolist()
     for e, (lo, hi) in enumerate(zip(edges, edges[1:])):
         rows = mask[:, e].nonzero().squeeze(-1)
         if len(rows) and hi > lo:
             h = ACTIVATIONS[act](linear(x[rows], w_in[lo:hi], None if b_in is None else b_in[lo:hi]))
-            y.index_add_(0, rows, (h @ w_out[lo:hi]).float())
+            y.index_add_(0, rows, (h @ w_out[lo:hi]).to(y.dtype))
     return (y if b_out is None else y + b_out).to(x.dtype)
 
 

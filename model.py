@@ -10,7 +10,7 @@ router says, per token, which slices to run. With every expert on it is the dens
     m.set_rule('dynk', tau=0.1)                       # tau = 0 runs everything
     m.generate(idx, 100)
 
-    python model.py export out/d2dmoe.pt DIR          # a folder that transformers loads, and the routing beside it
+    python model.py export out/d2dmoe.pt DIR --tau=0.1    # a folder that transformers loads, the routing beside it
 
     B batch · L sequence length · T tokens (B * L, less padding) · D n_embd · H heads · F hidden neurons
     E experts (slices) · R router outputs · V vocabulary
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import urllib.error
 from dataclasses import asdict, dataclass, field, fields
@@ -107,7 +108,7 @@ class MLP(nn.Module):
         self.router = None
         self.rule, self.tau, self.k = '', 0.0, 0                 # '' = run everything, without the router
         self.oracle = False                                      # score with the true norms (evaluation only)
-        self.rho = None                                          # share of neurons run in the last evaluation
+        self.rho = None                                          # share of neurons run by this rule, once measured
 
     def scores(self, x):                                         # (T, D) -> (T, R)
         if self.oracle:
@@ -276,7 +277,7 @@ class Transformer(nn.Module):
             if rule and not oracle and mlp.router is None:
                 raise ValueError(f'rule={rule} needs routers: this model has none yet')
             n_outputs = len(mlp.offsets) - 1 if mlp.owners is None else len(mlp.owners)
-            mlp.rule, mlp.tau, mlp.oracle = rule, tau, oracle
+            mlp.rule, mlp.tau, mlp.oracle, mlp.rho = rule, tau, oracle, None if tau else 1.0
             mlp.k = max(1, round(tau * n_outputs))               # for topk, tau is the share of the outputs
         self.config.rule, self.config.tau = rule, tau
         return self
@@ -468,6 +469,7 @@ ROUTING = ('n_slices', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau'
 NAMES = dict.fromkeys(('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), 'openai-community/') | \
     dict.fromkeys(('bert-base-uncased', 'bert-large-uncased'), 'google-bert/')
 HEADS = ('cls.', 'classifier.')                                  # stand without the prefix of the rest
+TOKENIZER = ('vocab.txt', 'tokenizer.json', 'tokenizer_config.json')
 WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 
 
@@ -511,7 +513,9 @@ def fetch(name):
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
         raise BadInput(f'{name}: neither a folder, nor a checkpoint, nor one of {", ".join(NAMES)} or owner/name')
     folder = os.path.join(torch.hub.get_dir(), 'd2dmoe', repo.replace('/', '--'))
-    url = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + f'/{repo}/resolve/main/'
+    url = (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/') + f'/{repo}/resolve/main/'
+    if '://' not in url:
+        raise BadInput(f'HF_ENDPOINT={url.split("/")[0]}: must begin with https:// or http://')
 
     def get(file):
         path = os.path.join(folder, file)
@@ -523,7 +527,7 @@ def fetch(name):
         os.makedirs(folder, exist_ok=True)
         cached = [f for f in WEIGHTS if os.path.isfile(os.path.join(folder, f))]
         if read_json(get('config.json')).get('model_type') == 'bert' and not cached:
-            for file in ('vocab.txt', 'tokenizer_config.json'):  # for --tokenizer=wordpiece; some have other files
+            for file in TOKENIZER:                               # for --tokenizer=wordpiece; some have other files
                 with contextlib.suppress(urllib.error.HTTPError):
                     get(file)
         for file in cached or WEIGHTS:
@@ -538,6 +542,13 @@ def fetch(name):
     except (OSError, http.client.HTTPException) as error:        # URLError and HTTPError are OSErrors
         raise BadInput(f'{name}: cannot be downloaded from {url} ({error}); offline, give a folder that holds its '
                        f'config.json and model.safetensors') from None
+
+
+def tokenizer_folder(where):
+    """Where the tokenizer of a published model, or of a checkpoint that began as one, lies."""
+    while os.path.isfile(where):
+        where = (read_checkpoint(where).get('options') or {}).get('init_from') or ''
+    return where if os.path.isdir(where) else fetch(where)
 
 
 def read_tensors(path):
@@ -605,11 +616,12 @@ def read_folder(folder):
     raw = {name: read for f in files for name, read in read_tensors(os.path.join(folder, f)).items()}
     found = [re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', name) for name in raw]
     prefix = next((m[1] for m in found if m), '')
-    tensors = {name.removeprefix(prefix).replace('LayerNorm.gamma', 'LayerNorm.weight')      # TensorFlow's names
-               .replace('LayerNorm.beta', 'LayerNorm.bias'): read for name, read in raw.items()}
-    if len(tensors) < len(raw):
-        twice = next(name for name in raw if prefix and prefix + name in raw or 'LayerNorm.g' in name or '.beta' in name)
-        raise BadInput(f'{folder}: holds tensor {twice} twice, under two names')
+    tensors = {}
+    for name, read in raw.items():                               # gamma and beta: TensorFlow's names
+        plain = name.removeprefix(prefix).replace('Norm.gamma', 'Norm.weight').replace('Norm.beta', 'Norm.bias')
+        if plain in tensors:
+            raise BadInput(f'{folder}: holds the tensor {plain} twice, under two names')
+        tensors[plain] = read
     config = published_config(j, tensors, path)
     state, conv = read_routing(folder, config), config.causal
     try:
@@ -668,13 +680,19 @@ def from_pretrained(where, n_classes=0):
     return build(dict(config=config, model=state), where)
 
 
-def export(path, folder, say=print):
+def export(path, folder, tau=None, say=print):
     """Write a checkpoint of ours as a plain GPT-2 or BERT folder for transformers, and its routing beside it.
 
-    Neurons stay sorted, which changes nothing for a dense model. from_pretrained(folder) restores the routing.
+    Neurons stay sorted, which changes nothing for a dense model. from_pretrained(folder) restores the routing:
+    its router's usual rule with `tau`, or without one what the checkpoint says (of train.py's: all experts on).
     """
-    model, inside = load(path), functools.partial(os.path.join, folder)
+    data, inside = read_checkpoint(path), functools.partial(os.path.join, folder)
+    model, options, about = build(data, path), data.get('options') or {}, data.get('data') or {}
     c = model.config
+    if tau is not None and not c.router_loss:
+        raise BadInput(f'{path}: has no routers that --tau={tau:g} could be for')
+    if tau is not None:
+        model.set_rule(R.USUAL_RULE[c.router_loss], tau)
     try:
         os.makedirs(folder, exist_ok=True)
         inside_already = os.listdir(folder)
@@ -686,7 +704,7 @@ def export(path, folder, say=print):
         'it is neither a GPT-2 nor a BERT' if c.causal != c.pre_ln or c.causal == bool(c.n_types) else \
         'BERT has a pooler before its classification head' if c.head == 'cls' and not c.pooler else ''
     if why:
-        save(model, inside('d2dmoe.pt'))
+        save(model, inside('d2dmoe.pt'), options=options, data=about)
         return say(f'{path}: {why}: no plain model for transformers; {inside("d2dmoe.pt")} is in our own format only')
     try:
         from safetensors.torch import save_file
@@ -703,7 +721,7 @@ def export(path, folder, say=print):
         architectures=[kind or ('GPT2Model' if c.causal else 'BertModel')])
     config[KEYS[c.causal]['activation']] = {'gelu_tanh': 'gelu_new'}.get(c.activation, c.activation)
     if c.head == 'cls':
-        config['id2label'] = {i: f'LABEL_{i}' for i in range(c.n_classes)}
+        config['id2label'] = dict(enumerate(about.get('classes') or [f'LABEL_{i}' for i in range(c.n_classes)]))
     files = {'model.safetensors': tensors}
     if c.n_slices:
         files['routers.safetensors'] = {name: t.contiguous() for name, t in model.state_dict().items()
@@ -715,6 +733,9 @@ def export(path, folder, say=print):
     for file, content in files.items():
         write_atomically(inside(file), lambda t: Path(t).write_text(json.dumps(content, indent=1))
                          if file.endswith('.json') else save_file(content, t, metadata=dict(format='pt')))
+    if options.get('tokenizer') == 'wordpiece':
+        for source in filter(os.path.isfile, (os.path.join(tokenizer_folder(path), name) for name in TOKENIZER)):
+            files[os.path.basename(shutil.copy(source, folder))] = source
     say(f'{folder}: {", ".join(files)}')
 
 
@@ -723,6 +744,10 @@ if __name__ == '__main__':
 
     import model as this                                         # train knows this module, not __main__
     import train
-    if len(sys.argv) != 4 or sys.argv[1] != 'export':
-        sys.exit('usage: python model.py export out/d2dmoe.pt DIR')
-    train.guarded(lambda: this.export(*sys.argv[2:]))
+    if len(sys.argv) not in (4, 5) or sys.argv[1] != 'export' or not all(a.startswith('--tau=') for a in sys.argv[4:]):
+        sys.exit('usage: python model.py export out/d2dmoe.pt DIR [--tau=0.1]')
+
+    def job():
+        tau = [train.cast('tau', arg.removeprefix('--tau='), float) for arg in sys.argv[4:]]
+        this.export(*sys.argv[2:4], *tau)
+    train.guarded(job)

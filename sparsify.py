@@ -30,7 +30,7 @@ Run it on a checkpoint:  python sparsify.py out/base.pt out/sparse.pt --sparsity
 import torch
 import torch.nn as nn
 
-from model import MLP, projection_width
+from model import MLP, BadInput, projection_width
 
 LOSSES = ('hoyer', 'l1', 'gelu_clamp')
 DELTA = -10.0
@@ -107,7 +107,9 @@ def as_mlp(linear):
 
 
 def replace_projections(model, names):
-    """MLPs of the same cost instead of the projections in `names`, in place."""
+    """MLPs of the same cost instead of the projections in `names`, in place. BadInput if some are MLPs already."""
+    if model.config.projections:
+        raise BadInput(f'--attn_projections={names}: the model\'s {model.config.projections} are MLPs already')
     for block in model.blocks:
         for name in names:
             setattr(block.attn, name, as_mlp(getattr(block.attn, name)))

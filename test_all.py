@@ -274,23 +274,6 @@ int main() {
 '''
 
 
-@needs_compiler
-def test_cpp_under_the_address_sanitizer(tmp_path):
-    source, binary = tmp_path / 'main.cpp', tmp_path / 'main'
-    flags = ['-std=c++17', '-march=native', '-fopenmp', '-O1', '-g', '-fsanitize=address,undefined',
-             '-fno-sanitize-recover=undefined']
-
-    def build(code):
-        source.write_text(code)
-        return subprocess.run(['c++', *flags, '-o', str(binary), str(source)], capture_output=True, text=True)
-    if build('int main() {}').returncode:
-        pytest.skip('no sanitizer')
-    done = build(kernel.CPP + CPP_MAIN)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run([str(binary)], capture_output=True, text=True)
-    assert done.returncode == 0 and 'clean' in done.stdout, (done.stdout + done.stderr)[-3000:]
-
-
 DOT = r'''
 #include <string.h>
 template <class V, class P> V dot_in_plain_code(V sum, P a, P b) {  // what vdpbf16ps and bfdot do to a lane
@@ -303,12 +286,34 @@ template <class V, class P> V dot_in_plain_code(V sum, P a, P b) {  // what vdpb
 '''
 
 
+def imitated():
+    """The kernel as a CPU with a bf16 dot instruction compiles it, with the instruction written out."""
+    return DOT + kernel.CPP.replace('#if defined(__AVX512BF16__)', '#if 0').replace(
+        '#elif defined(__ARM_FEATURE', '#elif 0 && defined(__ARM_FEATURE')
+
+
+@needs_compiler
+def test_cpp_under_the_address_sanitizer(tmp_path):
+    source, binary = tmp_path / 'main.cpp', tmp_path / 'main'
+    flags = ['-std=c++17', '-march=native', '-fopenmp', '-O1', '-g', '-fsanitize=address,undefined',
+             '-fno-sanitize-recover=undefined']
+
+    def build(code):
+        source.write_text(code)
+        return subprocess.run(['c++', *flags, '-o', str(binary), str(source)], capture_output=True, text=True)
+    if build('int main() {}').returncode:
+        pytest.skip('no sanitizer')
+    for code in (kernel.CPP, imitated()):
+        done = build(code + CPP_MAIN)
+        assert done.returncode == 0, done.stderr[-3000:]
+        done = subprocess.run([str(binary)], capture_output=True, text=True)
+        assert done.returncode == 0 and 'clean' in done.stdout, (done.stdout + done.stderr)[-3000:]
+
+
 @needs_compiler
 def test_the_bf16_dot_instruction_imitated(tmp_path, monkeypatch, poisoned):
-    """The path of CPUs with such an instruction, run everywhere with the instruction written out."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(kernel, 'CPP', DOT + kernel.CPP.replace('#if defined(__AVX512BF16__)', '#if 0')
-                        .replace('#elif defined(__ARM_FEATURE', '#elif 0 && defined(__ARM_FEATURE'))
+    monkeypatch.setattr(kernel, 'CPP', imitated())
     kernel.library.cache_clear()
     try:
         for i, (sizes, D) in enumerate([*SHAPES, ([8] * 4, 128), ([8] * 4, 129)]):
@@ -351,6 +356,11 @@ def test_compile_without_graph_breaks():
             assert torch.allclose(f(*args[:2]), 2 * fp64(*args).float(), atol=1e-4)
     torch.library.opcheck(kernel.experts_op, (*layer(5, [8] * 4, 16), 'cpp', None),
                           test_utils=('test_schema', 'test_faketensor'))
+
+
+def test_dense_fallback_over_blocks_of_tokens():
+    for rho in (0.5, 1.1):                                       # 1.1: every expert on, no mask needed
+        check(functools.partial(kernel.expert_mlp, impl='dense'), layer(4100, [3, 5], 4, rho))
 
 
 def test_linear_is_linear():
@@ -1056,6 +1066,14 @@ def test_options_that_differ_from_a_finished_phase(finished, text, tmp_path, cap
     assert all(torch.equal(v, weights(tmp_path / 'sparse.pt')[k]) for k, v in before.items())
     assert run('--phase=sparsify', '--sparsity_weight=0.5', '--overwrite=1', out=tmp_path)[0] == 0
     assert torch.load(tmp_path / 'sparse.pt', weights_only=True)['options']['sparsity_weight'] == 0.5
+    kept = {name: (tmp_path / name).read_bytes() for name in ('base.pt', 'dense.pt')}
+    torch.save(torch.load(tmp_path / 'base.pt', weights_only=True) | dict(note='another'), tmp_path / 'base.pt')
+    torch.save(torch.load(tmp_path / 'dense.pt', weights_only=True) | dict(parent=train.file_hash(tmp_path / 'base.pt')),
+               tmp_path / 'dense.pt')
+    code, err = refusal('--phase=eval', out=tmp_path, capsys=capsys)
+    assert code == 2 and 'sparse.pt was made from another base.pt' in err
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
     code, err = refusal('--phase=moefy', out=tmp_path, capsys=capsys)
     assert code == 2 and 'another' in err                        # its input is a new one
     assert run('--phase=all', '--overwrite=1', out=tmp_path)[0] == 0
@@ -1136,6 +1154,7 @@ def test_batches_by_length_are_deterministic_and_complete(labelled):
     ('a.jsonl', '{"label": 1, "text": "x"}\n{"label": 2}\n', 'line 2'),
     ('a.jsonl', '{"label": 1, "text": 3}\n', 'line 1'),
     ('a.jsonl', '{"label": 1\n', 'line 1'),
+    ('a.jsonl', '{"label": "\\ud83d", "text": "half a character: \\ud83d"}\n', 'too few'),
     ('a.txt', 'joy\tx\n', '.tsv'),
 ])
 def test_bad_labelled_texts_end_in_one_sentence(name, content, says, tmp_path, capsys):
@@ -1207,6 +1226,12 @@ def test_a_padded_batch_is_its_sequences(labelled):
 
 
 # ---------------------------------------------------------------------------------------------- attention projections
+
+def test_projections_are_replaced_once():
+    m = tiny(projections='q')
+    with pytest.raises(M.BadInput, match='q are MLPs already'):
+        sparsify.replace_projections(m, 'qk')
+
 
 @pytest.mark.parametrize('D', [6, 9, 33])
 def test_a_projection_starts_as_its_best_low_rank_mlp(D):
@@ -1596,11 +1621,38 @@ def test_a_published_model_is_converted_and_exported(text, tmp_path, capsys):
     for tau in (0, 0.5):
         assert torch.equal(again.set_rule('dynk', tau)(idx), m.set_rule('dynk', tau)(idx))
     close(m.set_rule('')(idx), hf.__class__.from_pretrained(tmp_path / 'converted').eval()(idx).logits)
+    subprocess.run([sys.executable, 'model.py', 'export', tmp_path / 'out' / 'd2dmoe-active.pt', tmp_path / 'half',
+                    '--tau=0.5'], cwd=HERE, check=True, capture_output=True)
+    half = M.from_pretrained(tmp_path / 'half')                  # it routes as it is, with its router's usual rule
+    active = M.load(tmp_path / 'out' / 'd2dmoe-active.pt').set_rule('threshold', 0.5)
+    assert (half.config.rule, half.config.tau) == ('threshold', 0.5) and torch.equal(half(idx), active(idx))
     capsys.readouterr()                                          # transformers shows progress bars
     for extra, says in ((['--block_size=64'], '40 positions'), (['--init_from=not-there'], 'neither a folder'),
                         ([f'--init_from={tmp_path}'], 'config.json')):
         code, err = refusal(*args, *extra, '--phase=base', out=tmp_path / 'other', capsys=capsys)
         assert code == 2 and says in err
+
+
+def test_tokenizer_and_labels_travel_with_a_bert(labelled, tmp_path):
+    pytest.importorskip('tokenizers')
+    folder = write_folder(tmp_path / 'hf', theirs('BertModel'))
+    (folder / 'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *map(chr, range(33, 127)), '##a',
+                                                '##b', '##c']))
+    args = [*TINY, '--arch=bert', '--tokenizer=wordpiece', f'--init_from={folder}', f'--data={labelled[0]}',
+            '--base_steps=2', '--sparsify_steps=2', '--router_steps=2', '--router_loss=norm', '--tau=0.1']
+    assert run(*args, out=tmp_path / 'out')[0] == 0
+    checkpoint = tmp_path / 'out' / 'd2dmoe.pt'
+    M.export(checkpoint, tmp_path / 'plain')
+    assert (tmp_path / 'plain' / 'vocab.txt').read_bytes() == (folder / 'vocab.txt').read_bytes()
+    classes = torch.load(checkpoint, weights_only=True)['data']['classes']
+    assert json.loads((tmp_path / 'plain' / 'config.json').read_text())['id2label'] == {
+        str(i): name for i, name in enumerate(classes)}
+    want = train.labelled_tokenizer('wordpiece', str(folder))[0](['a bc'])
+    for source in (checkpoint, tmp_path / 'plain'):              # what began as a published model knows its words
+        assert train.labelled_tokenizer('wordpiece', str(source))[0](['a bc']) == want
+    (folder / 'tokenizer.json').write_text('{')
+    with pytest.raises(M.BadInput, match='damaged'):
+        train.labelled_tokenizer('wordpiece', str(folder))
 
 
 def test_export_of_replaced_projections_is_our_own_format(tmp_path):

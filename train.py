@@ -43,7 +43,8 @@ import moefy
 import router
 import sparsify
 from kernel import ACTIVATIONS
-from model import BadInput, Config, Transformer, build, fetch, from_pretrained, read_checkpoint, save
+from model import (TOKENIZER, BadInput, Config, Transformer, build, from_pretrained, read_checkpoint, save,
+                   tokenizer_folder)
 
 
 # ---------------------------------------------------------------------------------------------- options
@@ -354,7 +355,9 @@ def read_labelled(path):
             broken += '\ufffd' in line and '\ufffd'.encode() not in raw
             try:
                 row = json.loads(line) if is_json else dict(zip(('label', 'text'), line.split('\t', 1)))
-                label, text, empty = str(row['label']), row['text'], not row['text'].strip()
+                # JSON can spell half a character (a lone surrogate), which nothing can encode
+                label, text = (t.encode('utf-8', 'replace').decode() for t in (str(row['label']), row['text']))
+                empty = not text.strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 form = '{"label": ..., "text": ...}' if is_json else 'label<TAB>text'
                 raise BadInput(f'{path}, line {n}: is not of the form {form}') from None
@@ -387,17 +390,20 @@ def labelled_tokenizer(name, init_from):
         import tokenizers
     except ImportError:
         raise BadInput('--tokenizer=wordpiece needs tokenizers: pip install tokenizers') from None
-    folder = Path(init_from if os.path.exists(init_from) else fetch(init_from))
-    if (folder / 'tokenizer.json').is_file():
-        enc = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-        enc.no_padding()
-        enc.no_truncation()
-    elif (folder / 'vocab.txt').is_file():
-        about = folder / 'tokenizer_config.json'
-        cased = about.is_file() and json.loads(about.read_text()).get('do_lower_case') is False
-        enc = tokenizers.BertWordPieceTokenizer(str(folder / 'vocab.txt'), lowercase=not cased)
-    else:
+    folder = Path(tokenizer_folder(init_from))
+    if not any((folder / name).is_file() for name in TOKENIZER[:2]):
         raise BadInput(f'--tokenizer=wordpiece: {folder} has neither tokenizer.json nor vocab.txt')
+    try:
+        if (folder / 'tokenizer.json').is_file():
+            enc = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+            enc.no_padding()
+            enc.no_truncation()
+        else:
+            about = folder / 'tokenizer_config.json'
+            cased = about.is_file() and json.loads(about.read_text()).get('do_lower_case') is False
+            enc = tokenizers.BertWordPieceTokenizer(str(folder / 'vocab.txt'), lowercase=not cased)
+    except Exception as error:                                   # the library raises plain Exceptions
+        raise BadInput(f'--tokenizer=wordpiece: the tokenizer in {folder} is damaged ({error})') from None
     return lambda texts: [e.ids for e in enc.encode_batch(texts)], 1, enc.get_vocab_size()
 
 
@@ -447,7 +453,7 @@ def held_out(corpus, o, device, n=None, size=None):
     if corpus.classes:
         n = min(n, len(corpus.val))
         at = by_length(corpus.val, np.linspace(0, len(corpus.val) - 1, n).astype(int))
-        return [pad_batch(corpus.val, a, device) for a in np.array_split(at, math.ceil(n / size))]
+        return [pad_batch(corpus.val, a, device) for a in np.array_split(at, max(min(n, 2), math.ceil(n / size)))]
     n = min(n, max(1, (len(corpus.val) - 1) // o.block_size))
     at = np.linspace(0, len(corpus.val) - o.block_size - 1, n).astype(int)
     return [to_batch(corpus.val, a, o.block_size, corpus.vocab_size, device)
@@ -757,7 +763,8 @@ def evaluation(o, typed, say=print):
                 continue
             raise BadInput(f'--phase=eval needs {path(file)}: make it with python train.py')
         data = read_phase(path(file))
-        chain = ['moe.pt', 'sparse.pt'] if name in router.LOSSES else ['base.pt'] if name == 'dense' else []
+        origin = ['attn.pt', 'base.pt'] if data['config']['projections'] else ['base.pt']
+        chain = ['moe.pt', 'sparse.pt'] if name in router.LOSSES else ['base.pt'] if name == 'dense' else origin
         if any(stale(path(f), path(source)) for f, source in zip([file, *chain], chain)):
             if name in router.LOSSES and name not in losses(o):
                 continue                                         # left over from another conversion
