@@ -694,7 +694,7 @@ def main():
     parser = argparse.ArgumentParser(description='Wall-clock of routed MLPs against the fastest dense ones, as ratios '
                                      'within one run.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--suite', choices=suites, default='layer', help='a layer, a GPT-2, or peers')
-    parser.add_argument('--impl', choices=('cpp', 'triton', 'torch', 'dense'), 
+    parser.add_argument('--impl', choices=('cpp', 'triton', 'torch', 'dense'),
                         help='force an implementation (suites layer and peers)')
     parser.add_argument('--routing', metavar='FILE', help="masks of a trained model (train.py's routing.pt) to replay")
     parser.add_argument('--json', metavar='FILE', help='write a JSON line for each row')

@@ -1068,8 +1068,8 @@ def test_options_that_differ_from_a_finished_phase(finished, text, tmp_path, cap
     assert torch.load(tmp_path / 'sparse.pt', weights_only=True)['options']['sparsity_weight'] == 0.5
     kept = {name: (tmp_path / name).read_bytes() for name in ('base.pt', 'dense.pt')}
     torch.save(torch.load(tmp_path / 'base.pt', weights_only=True) | dict(note='another'), tmp_path / 'base.pt')
-    torch.save(torch.load(tmp_path / 'dense.pt', weights_only=True) | dict(parent=train.file_hash(tmp_path / 'base.pt')),
-               tmp_path / 'dense.pt')
+    dense = torch.load(tmp_path / 'dense.pt', weights_only=True)
+    torch.save(dense | dict(parent=train.file_hash(tmp_path / 'base.pt')), tmp_path / 'dense.pt')
     code, err = refusal('--phase=eval', out=tmp_path, capsys=capsys)
     assert code == 2 and 'sparse.pt was made from another base.pt' in err
     for name, content in kept.items():
