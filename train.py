@@ -777,7 +777,8 @@ def evaluation(o, typed, say=print):
         raise BadInput(f'--phase=eval needs {path("d2dmoe.pt")}: make it with python train.py --phase=router')
     corpus = open_corpus(o, say)
     batches = held_out(corpus, o, pick_device(o))
-    timed = held_out(corpus, o, pick_device(o), *((128, 32) if corpus.classes else (16, 16)))
+    n = max(1, 4096 // o.block_size)                             # timed at once; labelled texts are short
+    timed = held_out(corpus, o, pick_device(o), *((128, 32) if corpus.classes else (n, n)))
     rows = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, say)
     for row in rows:
         row |= dict(split=o.split, seed=o.seed)
