@@ -1477,7 +1477,7 @@ def test_tensors_that_do_not_fit_are_named(form, tmp_path):
     twice = {name.removeprefix('transformer.'): t + 1 for name, t in gpt.state_dict().items() if 'ln_f.weight' in name}
     assert 'ln_f.weight twice' in message(gpt, lambda t: t.update(twice))
     gamma = 'embeddings.LayerNorm.gamma'
-    assert gamma + ' twice' in message(bert, lambda t: t.update({gamma: t['embeddings.LayerNorm.weight'] + 1}))
+    assert 'embeddings.LayerNorm.weight twice' in message(bert, lambda t: t.update({gamma: t['embeddings.LayerNorm.weight'] + 1}))
     assert 'cross' in message(bert, lambda t: t.update({'encoder.layer.0.crossattention.x': torch.ones(1)}))
     name = 'encoder.layer.1.output.dense.weight'
     assert f'{name} has the shape [100, 64]' in message(bert, lambda t: t.update({name: t[name].T}))
