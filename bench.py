@@ -121,6 +121,7 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
         rules = [rule] if rule else [router.USUAL_RULE[name], 'topk']
         todo += [(name, r, t) for r in dict.fromkeys(rules) for t in (GRID[r] if tau is None else [tau])]
     rows, began = [], time.time()
+    said = began
     dense, report = models['dense'], slice(1, None, 2) if len(batches) > 1 else slice(None)
     for i, (name, rule, tau) in enumerate(todo):
         model = models[routed[0] if name == 'oracle' else name]
@@ -154,8 +155,9 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
                                          for part in (report, slice(None, None, 2)))
             rows[i] |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=pick)
         rows[i]['delta'] = rows[i]['loss'] / rows[0]['loss'] - 1
-        if i % 5 == 4:
-            left = (time.time() - began) / (i + 1) * (len(todo) - i - 1)
+        if time.time() - said > 10:
+            said = time.time()
+            left = (said - began) / (i + 1) * (len(todo) - i - 1)
             say(f'eval    {i + 1}/{len(todo)}  {left:.0f} s left', flush=True)
     for row in rows:
         row['delta_sparse'] = row['loss'] / rows[1]['loss'] - 1
