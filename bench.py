@@ -79,18 +79,25 @@ def classification(predicted, labels):
     return sum(hits) / len(labels), statistics.mean(2 * h / n for h, n in zip(hits, counts))
 
 
+class Masks(list):
+    """A tap that keeps only the masks: all activations of a large model would fill the memory."""
+
+    def append(self, t):
+        super().append(t['mask'])
+
+
 @torch.no_grad()
 def evaluate(model, batches, cross_entropy):
     """Of every batch the loss (n,), the tokens (n,), the share of neurons run in each MLP (n, MLPs) and what was
     predicted, a list."""
     losses, shares, predicted = [], [], []
     for inputs, targets in batches:
-        tap = []
-        logits = model(**inputs, tap=tap)
+        masks = Masks()
+        logits = model(**inputs, tap=masks)
         losses.append(cross_entropy(logits, targets))
         predicted.append(logits.argmax(-1) if model.config.head == 'cls' else None)
-        shares.append([1.0 if t['mask'] is None else (t['mask'].float().mean(0) @ mlp.offsets.diff().float()).item()
-                       / mlp.w_in.shape[0] for t, mlp in zip(tap, model.mlps())])
+        shares.append([1.0 if mask is None else (mask.float().mean(0) @ mlp.offsets.diff().float()).item()
+                       / mlp.w_in.shape[0] for mask, mlp in zip(masks, model.mlps())])
     tokens = torch.tensor([n_tokens(inputs) for inputs, _ in batches])
     return torch.stack(losses).cpu(), tokens, torch.tensor(shares), predicted
 
@@ -102,7 +109,7 @@ def activity(model, batches):
     found = []
     for inputs, _ in batches:
         tap = []
-        model(**inputs, tap=tap)
+        model.encode(**inputs, tap=tap)
         found.append([(s['zeros'], *s['below']) for s in sparsify.statistics(tap)])
     return np.average(found, axis=0, weights=[n_tokens(inputs) for inputs, _ in batches])
 
@@ -180,10 +187,10 @@ def report(models, results, inputs, folder, say=print):
                 + ', '.join(f'{z:.1%}' for z in some[:, 1:].mean(0)))
     print_choice(rows, say)
     if row := next((r for (name, _), r in picked(rows).items() if name in models), None):
-        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), []
+        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), Masks()
         with torch.no_grad():
             model.encode(**inputs, tap=tap)
-        masks = [t['mask'].cpu() for t, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
+        masks = [mask.cpu() for mask, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]
         facts = dict(masks=masks, D=model.config.n_embd, F=model.config.n_hidden)
         write_atomically(path('routing.pt'), functools.partial(torch.save, facts))
     say(f'\n{path("results.json")} has every row' + plot_sweep(rows, path('results.png')))
