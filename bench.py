@@ -216,7 +216,8 @@ def print_choice(rows, say=print):
     for r in rows[2:]:
         curves[r['router_loss'], r['rule']].append(r)
     for (name, rule), r in picked(rows).items():
-        say(f'  {name:8s}{rule:10s} tau {r["tau"]:<5g} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%} '
+        choice = f'top-{r["k"]}' if rule == 'topk' else f'tau {r["tau"]:g}'
+        say(f'  {name:8s}{rule:10s} {choice:9s} {r["flops"]:6.1%} of the FLOPs, loss {r["delta_sparse"]:+.2%} '
             f'({r["delta"]:+.2%} against dense)'
             + (f', accuracy {r["accuracy"]:.2%} (dense {rows[0]["accuracy"]:.2%})' if labelled else '')
             + (f', {r["speedup"]:.2f} x dense' if r['speedup'] else ''))

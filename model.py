@@ -691,6 +691,8 @@ def export(path, folder, tau=None, say=print):
     c = model.config
     if tau is not None and not c.router_loss:
         raise BadInput(f'{path}: has no routers that --tau={tau:g} could be for')
+    if tau is not None and not 0 <= tau <= 1:
+        raise BadInput(f'--tau={tau:g}: must be between 0 and 1')
     if tau is not None:
         model.set_rule(R.USUAL_RULE[c.router_loss], tau)
     try:

@@ -1626,6 +1626,11 @@ def test_a_published_model_is_converted_and_exported(text, tmp_path, capsys):
     half = M.from_pretrained(tmp_path / 'half')                  # it routes as it is, with its router's usual rule
     active = M.load(tmp_path / 'out' / 'd2dmoe-active.pt').set_rule('threshold', 0.5)
     assert (half.config.rule, half.config.tau) == ('threshold', 0.5) and torch.equal(half(idx), active(idx))
+    # converted again, what was routed begins dense: the same weights, no routers, no rule
+    again = run(*args[:-4], *args[-2:], f'--init_from={tmp_path / "half"}', '--base_steps=0', out=tmp_path / 'again')
+    base = M.load(tmp_path / 'again' / 'base.pt')
+    assert again[0] == 0 and base.config.rule == base.config.router_loss == '' and not base.config.n_slices
+    close(base(idx), half.set_rule('')(idx))
     capsys.readouterr()                                          # transformers shows progress bars
     for extra, says in ((['--block_size=64'], '40 positions'), (['--init_from=not-there'], 'neither a folder'),
                         ([f'--init_from={tmp_path}'], 'config.json')):

@@ -163,7 +163,7 @@ def check(o):
     """Everything about the options that can be wrong before anything is read or written."""
     if o.phase not in (*(p.name for p in PHASES), 'all', 'eval', 'sample'):
         raise BadInput(f'--phase={o.phase}: must be all, eval, sample or one of '
-                       + ', '.join(p.name for p in PHASES))
+                       + ', '.join(dict.fromkeys(p.name for p in PHASES)))
     for name in POSITIVE:
         if not getattr(o, name) > 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must be positive')
@@ -669,8 +669,13 @@ def new_model(o, corpus):
     if corpus.vocab_size > c.vocab_size or corpus.vocab_size < c.vocab_size and o.tokenizer != 'wordpiece':
         raise BadInput(f'{have} {c.vocab_size} tokens, --tokenizer={o.tokenizer} has {corpus.vocab_size}')
     if o.block_size > c.block_size:
-        raise BadInput(f'{have} {c.block_size} positions, fewer than --block_size={o.block_size}')
-    return build(dict(config=asdict(c) | dict(dropout=o.dropout), model=model.state_dict()))
+        raise BadInput(f'{have} {c.block_size} positions, fewer than --block_size={o.block_size}; use --block_size={c.block_size}')
+    # an MLP that was routed becomes dense again: this is the base of another conversion
+    plain = dict(dropout=o.dropout, n_slices=[], n_outputs=[], router_loss='', router_width=0, rule='', tau=0.0)
+    state = {k: v for k, v in model.state_dict().items() if '.router.' not in k and not k.endswith('.owners')}
+    for name in [k for k in state if k.endswith('.offsets')]:
+        state[name] = torch.stack([state[name][0], state[name][-1]])
+    return build(dict(config=asdict(c) | plain, model=state))
 
 
 def pick_device(o):
@@ -726,7 +731,7 @@ def train(phase, model, o, corpus, device, record, path, parent, own, say):
             if now - logged > 5 or step + 1 in (steps, start + 2):
                 logged, speed = now, (step + 1 - start) / (now - began)
                 zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
-                say(f'{phase.name:8s}step {step + 1}/{steps}  loss {log.get("task", loss).item():.4f}{zeros}  '
+                say(f'{phase.name:8s} step {step + 1}/{steps}  loss {log.get("task", loss).item():.4f}{zeros}  '
                     f'{tokens / (now - began):,.0f} tokens/s  {clock((steps - step - 1) / speed)} left', flush=True)
             if stopped or now - saved > SAVE_EVERY:
                 save(model, path, step=step + 1, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
