@@ -669,7 +669,8 @@ def new_model(o, corpus):
     if corpus.vocab_size > c.vocab_size or corpus.vocab_size < c.vocab_size and o.tokenizer != 'wordpiece':
         raise BadInput(f'{have} {c.vocab_size} tokens, --tokenizer={o.tokenizer} has {corpus.vocab_size}')
     if o.block_size > c.block_size:
-        raise BadInput(f'{have} {c.block_size} positions, fewer than --block_size={o.block_size}; use --block_size={c.block_size}')
+        raise BadInput(f'{have} {c.block_size} positions, fewer than --block_size={o.block_size}; '
+                       f'use --block_size={c.block_size}')
     # an MLP that was routed becomes dense again: this is the base of another conversion
     plain = dict(dropout=o.dropout, n_slices=[], n_outputs=[], router_loss='', router_width=0, rule='', tau=0.0)
     state = {k: v for k, v in model.state_dict().items() if '.router.' not in k and not k.endswith('.owners')}
