@@ -736,8 +736,12 @@ def export(path, folder, tau=None, say=print):
         write_atomically(inside(file), lambda t: Path(t).write_text(json.dumps(content, indent=1))
                          if file.endswith('.json') else save_file(content, t, metadata=dict(format='pt')))
     if options.get('tokenizer') == 'wordpiece':
-        for source in filter(os.path.isfile, (os.path.join(tokenizer_folder(path), name) for name in TOKENIZER)):
-            files[os.path.basename(shutil.copy(source, folder))] = source
+        try:
+            found = [os.path.join(tokenizer_folder(path), name) for name in TOKENIZER]
+            for source in filter(os.path.isfile, found):
+                files[os.path.basename(shutil.copy(source, folder))] = source
+        except BadInput as error:                                # the model is written, and right without it
+            say(f'{folder}: no tokenizer beside it: {error}')
     say(f'{folder}: {", ".join(files)}')
 
 

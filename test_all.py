@@ -1659,6 +1659,10 @@ def test_tokenizer_and_labels_travel_with_a_bert(labelled, tmp_path):
     (folder / 'tokenizer.json').write_text('{')
     with pytest.raises(M.BadInput, match='damaged'):
         train.labelled_tokenizer('wordpiece', str(folder))
+    shutil.rmtree(folder)                                        # an export without its tokenizer says so
+    says = []
+    M.export(checkpoint, tmp_path / 'bare', say=says.append)
+    assert 'no tokenizer beside it' in says[0] and 'config.json' in says[1] and M.from_pretrained(tmp_path / 'bare')
 
 
 def test_export_of_replaced_projections_is_our_own_format(tmp_path):
