@@ -684,11 +684,12 @@ def plot_layers(rows, path):
     """Time against executed experts, dense as a line."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.2))
+    sizes = [r['expert_size'] for r in rows if r['suite'] == 'layer']
     for T, dtype, s in sorted({(r['T'], r['dtype'], r['expert_size']) for r in rows if r['suite'] == 'layer'}):
-        if dtype == 'float32' and s in (24, 128):
+        if dtype == 'float32' and s in (min(sizes), max(sizes)):
             line = [r for r in rows if (r['suite'], r['T'], r['dtype'], r['expert_size']) == ('layer', T, dtype, s)]
             axes.plot([r['rho'] for r in line], [1 / r['speedup'] for r in line], marker='o', ms=3,
-                      ls='-' if s == 24 else '--', label=f'T {T}, experts of {s}')
+                      ls='-' if s == min(sizes) else '--', label=f'T {T}, experts of {s}')
     axes.axhline(1, color='black', lw=0.8, label='the fastest dense')
     axes.plot([0, 1], [0, 1], color='grey', lw=0.8, ls=':', label='proportional')
     axes.set(xlabel='share of neurons run', ylabel='time (1 = dense)', xlim=(0, 1.02), ylim=(0, 1.25))

@@ -613,14 +613,14 @@ def read_folder(folder):
     if first is None:
         raise BadInput(f'{folder}: holds neither model.safetensors nor pytorch_model.bin')
     files = shards(os.path.join(folder, first)) if first.endswith('.json') else [first]
-    raw = {name: read for f in files for name, read in read_tensors(os.path.join(folder, f)).items()}
-    found = [re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', name) for name in raw]
+    raw = [pair for f in files for pair in read_tensors(os.path.join(folder, f)).items()]
+    found = [re.fullmatch(r'(.*?)(wte|embeddings\.word_embeddings)\.weight', name) for name, _ in raw]
     prefix = next((m[1] for m in found if m), '')
     tensors = {}
-    for name, read in raw.items():                               # gamma and beta: TensorFlow's names
+    for name, read in raw:                                       # gamma and beta: TensorFlow's names
         plain = name.removeprefix(prefix).replace('Norm.gamma', 'Norm.weight').replace('Norm.beta', 'Norm.bias')
         if plain in tensors:
-            raise BadInput(f'{folder}: holds the tensor {plain} twice, under two names')
+            raise BadInput(f'{folder}: holds the tensor {plain} twice, under two names or in two files')
         tensors[plain] = read
     config = published_config(j, tensors, path)
     state, conv = read_routing(folder, config), config.causal
@@ -680,6 +680,19 @@ def from_pretrained(where, n_classes=0):
     return build(dict(config=config, model=state), where)
 
 
+def their_config(c, classes=None):
+    """The config.json of transformers for our Config; `classes` are the labels' names, where they are known."""
+    kind = dict(lm='GPT2LMHeadModel', mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head)
+    end = 50256 if c.vocab_size == 50257 else None               # GPT-2's default is beyond a smaller vocabulary
+    config = {theirs: getattr(c, ours) for ours, theirs in KEYS[c.causal].items()} | dict(
+        model_type='gpt2' if c.causal else 'bert', tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
+        architectures=[kind or ('GPT2Model' if c.causal else 'BertModel')])
+    config[KEYS[c.causal]['activation']] = {'gelu_tanh': 'gelu_new'}.get(c.activation, c.activation)
+    if c.head == 'cls':
+        config['id2label'] = dict(enumerate(classes or [f'LABEL_{i}' for i in range(c.n_classes)]))
+    return config
+
+
 def export(path, folder, tau=None, say=print):
     """Write a checkpoint of ours as a plain GPT-2 or BERT folder for transformers, and its routing beside it.
 
@@ -689,11 +702,9 @@ def export(path, folder, tau=None, say=print):
     data, inside = read_checkpoint(path), functools.partial(os.path.join, folder)
     model, options, about = build(data, path), data.get('options') or {}, data.get('data') or {}
     c = model.config
-    if tau is not None and not c.router_loss:
-        raise BadInput(f'{path}: has no routers that --tau={tau:g} could be for')
-    if tau is not None and not 0 <= tau <= 1:
-        raise BadInput(f'--tau={tau:g}: must be between 0 and 1')
     if tau is not None:
+        if not c.router_loss or not 0 <= tau <= 1:
+            raise BadInput(f'--tau={tau:g}: must be between 0 and 1, and {path} must have routers')
         model.set_rule(R.USUAL_RULE[c.router_loss], tau)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -716,14 +727,6 @@ def export(path, folder, tau=None, say=print):
     for theirs, ours in published(model).items():
         t = torch.cat([p.T if is_turned(name, p, c.causal) else p for name, p in ours], -1).contiguous()
         tensors[theirs if theirs.startswith(HEADS) else prefix + theirs] = t
-    kind = dict(lm='GPT2LMHeadModel', mlm='BertForMaskedLM', cls='BertForSequenceClassification').get(c.head)
-    end = 50256 if c.vocab_size == 50257 else None               # GPT-2's default is beyond a smaller vocabulary
-    config = {theirs: getattr(c, ours) for ours, theirs in KEYS[c.causal].items()} | dict(
-        model_type='gpt2' if c.causal else 'bert', tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
-        architectures=[kind or ('GPT2Model' if c.causal else 'BertModel')])
-    config[KEYS[c.causal]['activation']] = {'gelu_tanh': 'gelu_new'}.get(c.activation, c.activation)
-    if c.head == 'cls':
-        config['id2label'] = dict(enumerate(about.get('classes') or [f'LABEL_{i}' for i in range(c.n_classes)]))
     files = {'model.safetensors': tensors}
     if c.n_slices:
         files['routers.safetensors'] = {name: t.contiguous() for name, t in model.state_dict().items()
@@ -731,15 +734,15 @@ def export(path, folder, tau=None, say=print):
         files['d2dmoe.json'] = {key: getattr(c, key) for key in ROUTING} | dict(mlps=[
             dict(sizes=mlp.offsets.diff().tolist(), offsets=mlp.offsets.tolist(),
                  owners=None if mlp.owners is None else mlp.owners.int().tolist()) for mlp in model.mlps()])
-    files['config.json'] = config                                # last: a folder that has it has everything
+    files['config.json'] = their_config(c, about.get('classes'))                        # last: a folder that has it has everything
     for file, content in files.items():
         write_atomically(inside(file), lambda t: Path(t).write_text(json.dumps(content, indent=1))
                          if file.endswith('.json') else save_file(content, t, metadata=dict(format='pt')))
     if options.get('tokenizer') == 'wordpiece':
         try:
-            found = [os.path.join(tokenizer_folder(path), name) for name in TOKENIZER]
-            for source in filter(os.path.isfile, found):
-                files[os.path.basename(shutil.copy(source, folder))] = source
+            source = tokenizer_folder(path)
+            for file in [name for name in TOKENIZER if os.path.isfile(os.path.join(source, name))]:
+                files[file] = shutil.copy(os.path.join(source, file), folder)
         except BadInput as error:                                # the model is written, and right without it
             say(f'{folder}: no tokenizer beside it: {error}')
     say(f'{folder}: {", ".join(files)}')
