@@ -1514,6 +1514,15 @@ def test_damaged_folders_end_in_one_sentence(form, tmp_path):
     refused('has no n_embd')
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = write_folder(tmp_path / 'hf', theirs('GPT2LMHeadModel'), form='sharded bin')
+    one, two = sorted(folder.glob('*.bin'))[:2]
+    tensors = torch.load(one, weights_only=True)
+    torch.save(torch.load(two, weights_only=True) | dict([next(iter(tensors.items()))]), two)
+    with pytest.raises(M.BadInput, match='twice'):
+        M.from_pretrained(folder)
+
+
 def test_safetensors_is_only_needed_for_its_files(tmp_path, monkeypatch):
     hf = theirs('GPT2LMHeadModel')
     folder, binary = write_folder(tmp_path / 'safe', hf), write_folder(tmp_path / 'bin', hf, form='bin')
