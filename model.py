@@ -110,6 +110,9 @@ class MLP(nn.Module):
         self.oracle = False                                      # score with the true norms (evaluation only)
         self.rho = None                                          # share of neurons run by this rule, once measured
 
+    def n_outputs(self):                                         # R
+        return len(self.offsets) - 1 if self.owners is None else len(self.owners)
+
     def scores(self, x):                                         # (T, D) -> (T, R)
         if self.oracle:
             a = ACTIVATIONS[self.act](linear(x, self.w_in, self.b_in))
@@ -262,8 +265,7 @@ class Transformer(nn.Module):
         """A fresh router for every MLP; those of projections have width 32 (DESIGN)."""
         ffns = set(self.ffns())
         for mlp in self.mlps():
-            n_outputs = len(mlp.offsets) - 1 if mlp.owners is None else len(mlp.owners)
-            mlp.router = R.Router(self.config.n_embd, n_outputs, width if mlp in ffns else min(width, 32), loss)
+            mlp.router = R.Router(self.config.n_embd, mlp.n_outputs(), width if mlp in ffns else min(width, 32), loss)
             if loss == 'share' and not mlp.w_in.is_meta:
                 mlp.router.init_share(mlp.w_in, mlp.offsets, mlp.owners)
             mlp.router.to(mlp.w_in.device)
@@ -276,9 +278,8 @@ class Transformer(nn.Module):
         for mlp in self.mlps():
             if rule and not oracle and mlp.router is None:
                 raise ValueError(f'rule={rule} needs routers: this model has none yet')
-            n_outputs = len(mlp.offsets) - 1 if mlp.owners is None else len(mlp.owners)
             mlp.rule, mlp.tau, mlp.oracle, mlp.rho = rule, tau, oracle, None if tau else 1.0
-            mlp.k = max(1, round(tau * n_outputs))               # for topk, tau is the share of the outputs
+            mlp.k = max(1, round(tau * mlp.n_outputs()))         # for topk, tau is the share of the outputs
         self.config.rule, self.config.tau = rule, tau
         return self
 
@@ -734,7 +735,7 @@ def export(path, folder, tau=None, say=print):
         files['d2dmoe.json'] = {key: getattr(c, key) for key in ROUTING} | dict(mlps=[
             dict(sizes=mlp.offsets.diff().tolist(), offsets=mlp.offsets.tolist(),
                  owners=None if mlp.owners is None else mlp.owners.int().tolist()) for mlp in model.mlps()])
-    files['config.json'] = their_config(c, about.get('classes'))                        # last: a folder that has it has everything
+    files['config.json'] = their_config(c, about.get('classes'))   # last: a folder that has it has everything
     for file, content in files.items():
         write_atomically(inside(file), lambda t: Path(t).write_text(json.dumps(content, indent=1))
                          if file.endswith('.json') else save_file(content, t, metadata=dict(format='pt')))

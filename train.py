@@ -43,7 +43,7 @@ import moefy
 import router
 import sparsify
 from kernel import ACTIVATIONS
-from model import (TOKENIZER, BadInput, Config, Transformer, build, from_pretrained, read_checkpoint, save,
+from model import (ROUTING, TOKENIZER, BadInput, Config, Transformer, build, from_pretrained, read_checkpoint, save,
                    tokenizer_folder)
 
 
@@ -672,7 +672,7 @@ def new_model(o, corpus):
         raise BadInput(f'{have} {c.block_size} positions, fewer than --block_size={o.block_size}; '
                        f'use --block_size={c.block_size}')
     # an MLP that was routed becomes dense again: this is the base of another conversion
-    plain = dict(dropout=o.dropout, n_slices=[], n_outputs=[], router_loss='', router_width=0, rule='', tau=0.0)
+    plain = {key: value for key, value in asdict(Config()).items() if key in ROUTING} | dict(dropout=o.dropout)
     state = {k: v for k, v in model.state_dict().items() if '.router.' not in k and not k.endswith('.owners')}
     for name in [k for k in state if k.endswith('.offsets')]:
         state[name] = torch.stack([state[name][0], state[name][-1]])
