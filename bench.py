@@ -114,7 +114,7 @@ def activity(model, batches):
     return np.average(found, axis=0, weights=[n_tokens(inputs) for inputs, _ in batches])
 
 
-def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print):
+def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, floor=0.0, say=print):
     """One row for dense, for sparse with every expert on, and for each router, rule and tau.
 
     models: {'dense', 'sparse', and a router loss for each converted one}. Every second batch is reported, the
@@ -132,7 +132,7 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
     dense, report = models['dense'], slice(1, None, 2) if len(batches) > 1 else slice(None)
     for i, (name, rule, tau) in enumerate(todo):
         model = models[routed[0] if name == 'oracle' else name]
-        model.set_rule(rule, tau or 0.0, oracle=name == 'oracle')
+        model.set_rule(rule, tau or 0.0, oracle=name == 'oracle', floor=0.0 if name == 'oracle' else floor)
         losses, tokens, shares, predicted = evaluate(model, batches, cross_entropy)
         tokens = tokens[report]
         rho = (tokens[:, None] * shares[report] / tokens.sum()).sum(0).tolist()
@@ -149,7 +149,7 @@ def sweep(models, batches, prefill, cross_entropy, rule='', tau=None, say=print)
                                         rounds=3)
         total, sizes = dense.flops(seq_len)['total'], [mlp.w_in.shape[0] for mlp in model.mlps()]
         rows.append(dict(
-            method='d2dmoe' if rule else name, router_loss=name if rule else None, rule=rule or None, tau=tau,
+            method='d2dmoe' if rule else name, router_loss=name if rule else None, rule=rule or None, tau=tau, floor=model.config.floor if rule == 'dynk' else None,
             k=model.ffns()[0].k if rule == 'topk' else None, experts=float(np.average(rho, weights=sizes)),
             flops=cost['total'] / total, router_flops=cost['router'] / total,
             loss=losses[report].mean().item(), loss_pick=losses[::2].mean().item(), metric='loss', accuracy=None,
@@ -187,7 +187,7 @@ def report(models, results, inputs, folder, say=print):
                 + ', '.join(f'{z:.1%}' for z in some[:, 1:].mean(0)))
     print_choice(rows, say)
     if row := next((r for (name, _), r in picked(rows).items() if name in models), None):
-        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau']), Masks()
+        model, tap = models[row['router_loss']].set_rule(row['rule'], row['tau'], floor=row['floor'] or 0.0), Masks()
         with torch.no_grad():
             model.encode(**inputs, tap=tap)
         masks = [mask.cpu() for mask, mlp in zip(tap, model.mlps()) if mlp in model.ffns()]

@@ -67,6 +67,7 @@ class Config:
     router_width: int = 0
     rule: str = ''                     # '' = run every expert, no router
     tau: float = 0.0
+    floor: float = 0.0                 # of dynk, in units of the layer's RMS norm
 
 
 class Layout(NamedTuple):
@@ -106,7 +107,7 @@ class MLP(nn.Module):
         self.register_buffer('offsets', torch.tensor([0, n_hidden], dtype=torch.int32))
         self.register_buffer('owners', None)                     # (R, E) bool
         self.router = None
-        self.rule, self.tau, self.k = '', 0.0, 0                 # '' = run everything, without the router
+        self.rule, self.tau, self.k, self.floor = '', 0.0, 0, 0.0                 # '' = run everything, without the router
         self.oracle = False                                      # score with the true norms (evaluation only)
         self.rho = None                                          # share of neurons run by this rule, once measured
 
@@ -123,7 +124,7 @@ class MLP(nn.Module):
         score = mask = None
         if self.rule:
             score = self.scores(x)
-            mask = R.to_slices(R.select(score, self.rule, self.tau, self.k), self.owners)  # (T, E)
+            mask = R.to_slices(R.select(score, self.rule, self.tau, self.k, self.floor), self.owners)  # (T, E)
         if tap is None and mask is None:
             return dense_mlp(x, self.w_in, self.b_in, self.w_out, self.b_out, self.act)
         if tap is None:
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
             self.add_experts(c.n_slices, c.n_outputs)
         if c.router_loss:
             self.add_routers(c.router_loss, c.router_width)
-        self.set_rule(c.rule, c.tau)
+        self.set_rule(c.rule, c.tau, floor=c.floor)
 
     @staticmethod
     def _init(module):
@@ -271,7 +272,7 @@ class Transformer(nn.Module):
             mlp.router.to(mlp.w_in.device)
         self.config.router_loss, self.config.router_width = loss, width
 
-    def set_rule(self, rule, tau=0.0, oracle=False):
+    def set_rule(self, rule, tau=0.0, oracle=False, floor=0.0):
         """How scores become experts, in every MLP; '' runs all of them without a router. oracle: true norms."""
         if rule and rule not in R.RULES:
             raise ValueError(f'rule must be one of {", ".join(R.RULES)}, not {rule!r}')
@@ -279,8 +280,9 @@ class Transformer(nn.Module):
             if rule and not oracle and mlp.router is None:
                 raise ValueError(f'rule={rule} needs routers: this model has none yet')
             mlp.rule, mlp.tau, mlp.oracle, mlp.rho = rule, tau, oracle, None if tau else 1.0
+            mlp.floor = floor
             mlp.k = max(1, round(tau * mlp.n_outputs()))         # for topk, tau is the share of the outputs
-        self.config.rule, self.config.tau = rule, tau
+        self.config.rule, self.config.tau, self.config.floor = rule, tau, floor
         return self
 
     def encode(self, idx, attention_mask=None, token_type_ids=None, cache=None, tap=None):
@@ -466,7 +468,7 @@ DEFAULTS = dict(n_positions=1024, activation_function='gelu_new', layer_norm_eps
 ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', relu='relu')
 ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
             is_decoder=False, position_embedding_type='absolute')    # what our Transformer computes
-ROUTING = ('n_slices', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau')
+ROUTING = ('n_slices', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau', 'floor')
 NAMES = dict.fromkeys(('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'), 'openai-community/') | \
     dict.fromkeys(('bert-base-uncased', 'bert-large-uncased'), 'google-bert/')
 HEADS = ('cls.', 'classifier.')                                  # stand without the prefix of the rest

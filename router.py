@@ -65,10 +65,11 @@ class Router(nn.Module):
             self.w2.copy_(torch.eye(self.w2.shape[0]))
 
 
-def select(score, rule, tau=0.0, k=None):
+def select(score, rule, tau=0.0, k=None, floor=0.0):
     """The outputs each token runs: score (T, R) >= 0 -> bool (T, R).
 
-    dynk        score >= tau * the token's largest   (D2DMoE; its authors' code writes 1 - tau)
+    dynk        score >= tau * the token's largest and score > floor   (D2DMoE; its authors' code writes 1 - tau
+                and has no floor: a token whose FFN is silent, all norms 0, runs everything there)
     threshold   score >= tau
     topk        the k largest, ties broken by torch.topk
     cumulative  the smallest set whose scores reach the share tau of the token's sum
@@ -76,7 +77,7 @@ def select(score, rule, tau=0.0, k=None):
     A row with a NaN score runs nothing under dynk, threshold and cumulative.
     """
     if rule == 'dynk':
-        return score >= tau * score.amax(-1, keepdim=True)
+        return (score >= tau * score.amax(-1, keepdim=True)) & (score > floor)
     if rule == 'threshold':
         return score >= tau
     if rule == 'topk':

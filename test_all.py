@@ -569,9 +569,19 @@ def test_rules(rule, tau):
 
 def test_rules_on_ties_and_zeros():
     zero = torch.zeros(2, 4)
-    assert R.select(zero, 'dynk', 0.5).all() and not R.select(zero, 'threshold', 0.1).any()
+    assert not R.select(zero, 'threshold', 0.1).any()
     assert R.select(torch.ones(3, 6), 'topk', k=2).sum(1).tolist() == [2, 2, 2]
     assert R.select(torch.rand(3, 6), 'cumulative', 1.0).all()
+
+
+@pytest.mark.parametrize('rule, silent, loud', [('dynk', 0, 4), ('threshold', 0, 4), ('topk', 2, 2), ('cumulative', 0, 4)])
+def test_silent_tokens(rule, silent, loud):
+    score = torch.tensor([[0.0] * 6, [1.0] * 4 + [0.0] * 2])
+    chosen = R.select(score, rule, tau=0.999 if rule == 'cumulative' else 0.1, k=2)
+    assert chosen.sum(1).tolist() == [silent, loud]
+    assert R.select(score, 'dynk', 0.0).sum(1).tolist() == [0, 4]                       # floor 0: strictly positive
+    noise = torch.tensor([[0.01, 0.02, 0.03], [0.01, 5.0, 0.2]])                        # a router's, around 0
+    assert R.select(noise, 'dynk', 0.02, floor=0.1).tolist() == [[False] * 3, [False, True, True]]
 
 
 @pytest.mark.parametrize('owned', [False, True])

@@ -96,6 +96,7 @@ class Options:
     # evaluation and sampling
     rule: str = ''                   # dynk, threshold, topk, cumulative; empty: the router's usual one
     tau: Optional[float] = None      # one tau in [0, 1] instead of the grid; for topk the share of experts
+    floor: float = 0.1               # of dynk: an expert below it does not run; in units of the layer's RMS norm
     eval_batches: int = 8            # of batch_size held-out sequences; every second batch picks tau
     prompt: str = '\n'
     n_tokens: int = 300              # to sample
@@ -168,7 +169,7 @@ def check(o):
         if not getattr(o, name) > 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must be positive')
     for name in ('base_steps', 'sparsify_steps', 'router_steps', 'attn_steps', 'sparsity_weight', 'weight_decay',
-                 'temperature', 'seed', 'n_tokens', 'top_k'):
+                 'floor', 'temperature', 'seed', 'n_tokens', 'top_k'):
         if not getattr(o, name) >= 0:
             raise BadInput(f'--{name}={getattr(o, name)}: must not be negative')
     for name in ('tau', 'sparsity_ramp', 'dropout'):
@@ -785,7 +786,7 @@ def evaluation(o, typed, say=print):
     batches = held_out(corpus, o, pick_device(o))
     n = max(1, 4096 // o.block_size)                             # timed at once; labelled texts are short
     timed = held_out(corpus, o, pick_device(o), *((128, 32) if corpus.classes else (n, n)))
-    rows = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, say)
+    rows = bench.sweep(models, batches, [inputs for inputs, _ in timed], cross_entropy, o.rule, o.tau, o.floor, say)
     for row in rows:
         row |= dict(split=o.split, seed=o.seed)
     results = dict(config=asdict(o), data=corpus.about, machine=bench.machine(), rows=rows,
@@ -809,7 +810,7 @@ def sample(o, typed, say=print):
         raise BadInput(f'--phase=sample: {path} is a BERT, which labels texts and writes none')
     if model.config.router_loss:
         rule = o.rule or router.USUAL_RULE[model.config.router_loss]
-        model.set_rule(rule, 0.1 if o.tau is None else o.tau)
+        model.set_rule(rule, 0.1 if o.tau is None else o.tau, floor=o.floor)
         say(f'{path}: rule {rule}, tau {model.config.tau:g}')
     elif o.tau is not None:
         raise BadInput(f'--tau={o.tau}: {path} has no routers yet; leave it out or run --phase=router first')
