@@ -1,28 +1,32 @@
 """Group the neurons of every MLP into experts of equal size, and sort the weights in place.
 
-Neurons that fire together should live together, so that a token finds what it needs in few experts. The
-paper (and MoEfication before it) clusters the L2-normalised rows of W_in under a size constraint:
+Neurons that fire together should live together, so that a token finds what it needs in few experts.
+The paper (and MoEfication before it) clusters the L2-normalised rows of W_in under a size constraint:
 
     minimise  J = sum over neurons i of |x_i - c_k(i)|^2,  c_k the mean of cluster k, sizes given
 
-With fixed sizes J = sum |x_i|^2 - sum_k |S_k|^2 / n_k, where S_k is the sum of cluster k's rows, so a swap of
-i in A with j in B lowers J by  2 (x_j - x_i) . (S_A / n_A - S_B / n_B) + |x_i - x_j|^2 (1/n_A + 1/n_B):
-a matrix over all pairs, from two matrix products. We alternate balanced assignment and means until it stalls,
-then swap the best disjoint pairs until no swap of two neurons lowers J.
+With fixed sizes J = sum |x_i|^2 - sum_k |S_k|^2 / n_k, where S_k is the sum of cluster k's rows, so
+a swap of i in A with j in B lowers J by
 
-Run it on a checkpoint:  python moefy.py out/sparse.pt out/moe.pt --n_experts=64
+    2 (x_j - x_i) . (S_A / n_A - S_B / n_B) + |x_i - x_j|^2 (1/n_A + 1/n_B):
 
-    D n_embd · F hidden neurons · E experts · n_k size of expert k
+a matrix over all pairs, from two matrix products. We alternate balanced assignment and means until
+it stalls, then swap the best disjoint pairs until no swap of two neurons lowers J. A new split is a
+function (mlp, n_experts, seed) -> the cluster of every neuron, and its name in SPLITS.
+
+    python moefy.py out/sparse.pt out/moe.pt --n_experts=64
+
+    D n_embd · H hidden neurons · E experts · n_k size of expert k
 """
 
 import time
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from model import BadInput
-
-SPLITS = ('kmeans', 'random')
 
 
 def expert_sizes(n_hidden, n_experts):
@@ -34,20 +38,20 @@ def expert_sizes(n_hidden, n_experts):
 
 
 def objective(x, cluster, n_experts):
-    """J: the sum of squared distances to the cluster means; x (F, D), cluster (F,) in 0..E-1."""
+    """J: the sum of squared distances to the cluster means; x (H, D), cluster (H,) in 0..E-1."""
     sums = x.new_zeros(n_experts, x.shape[1]).index_add_(0, cluster, x)
     counts = cluster.bincount(minlength=n_experts).clamp_min(1)
     return (x.square().sum() - (sums.square().sum(1) / counts).sum()).item()
 
 
 def balanced_assignment(affinity, sizes):
-    """Greedy assignment to clusters of given sizes: affinity (F, E) -> cluster (F,).
+    """Greedy assignment to clusters of given sizes: affinity (H, E) -> cluster (H,).
 
     In rounds: everyone still free applies to the best cluster with room, and each cluster keeps the best.
     """
-    F_, E = affinity.shape
-    room, cluster = sizes.clone(), torch.full((F_,), -1)
-    free = torch.arange(F_)
+    H, E = affinity.shape
+    room, cluster = sizes.clone(), torch.full((H,), -1)
+    free = torch.arange(H)
     while len(free):
         value, wish = affinity[free].masked_fill(room == 0, -float('inf')).max(1)
         order = value.argsort(descending=True, stable=True)
@@ -65,7 +69,7 @@ def swap_until_optimal(x, cluster, sizes):
     """Swap pairs of neurons until none lowers J: best pairs first, at most one swap a cluster and round."""
     inverse = 1.0 / sizes.float()
     squares = x.square().sum(1)
-    distance = torch.addmm(squares[:, None] + squares, x, x.T, alpha=-2)                # |x_i - x_j|^2  (F, F)
+    distance = torch.addmm(squares[:, None] + squares, x, x.T, alpha=-2)                # |x_i - x_j|^2  (H, H)
     sums = x.new_zeros(len(sizes), x.shape[1]).index_add_(0, cluster, x)
     best, partner = x.new_zeros(len(x)), torch.zeros(len(x), dtype=torch.long)
 
@@ -73,7 +77,7 @@ def swap_until_optimal(x, cluster, sizes):
         """For each of `rows` the best partner among `columns`, and by how much the swap lowers J / 2."""
         gains, partners = [], []
         half = 0.5 * inverse[cluster]
-        for i in rows.split(256):                                # a block of the (F, F) pairs stays in cache
+        for i in rows.split(256):                                # a block of the (H, H) pairs stays in cache
             gain = distance[i].index_select(1, columns).mul_(half[i][:, None] + half[columns])
             gain += near.T.index_select(0, cluster[i]).index_select(1, columns)
             gain += near[i].index_select(1, cluster[columns])
@@ -86,7 +90,7 @@ def swap_until_optimal(x, cluster, sizes):
     everyone = torch.arange(len(x))
     changed = torch.ones(len(sizes), dtype=torch.bool)           # clusters that the last round touched
     while changed.any():
-        near = (x @ sums.T) * inverse                            # x_i . S_k / n_k  (F, E)
+        near = (x @ sums.T) * inverse                            # x_i . S_k / n_k  (H, E)
         own = near[everyone, cluster]
         moved = changed[cluster]
         stale = moved | changed[cluster[partner]]                # all their pairs must be looked at again
@@ -111,7 +115,7 @@ def swap_until_optimal(x, cluster, sizes):
 
 
 def balanced_kmeans(x, n_experts, seed=0, iterations=20):
-    """Clusters of (nearly) equal size, locally optimal under swaps: x (F, D) -> cluster (F,). Deterministic."""
+    """Clusters of (nearly) equal size, locally optimal under swaps: x (H, D) -> cluster (H,). Deterministic."""
     x = x.detach().float().cpu()
     sizes = expert_sizes(len(x), n_experts)
     generator = torch.Generator().manual_seed(seed)
@@ -129,61 +133,74 @@ def balanced_kmeans(x, n_experts, seed=0, iterations=20):
     return swap_until_optimal(x, best, sizes)
 
 
-def random_split(n_hidden, n_experts, seed=0):
-    """The control: the same sizes, neurons dealt at random."""
+def normalised_rows(mlp):
+    """What a neuron listens to, not how loudly: (H, D)."""
+    return F.normalize(mlp.w_in.detach().float().cpu(), dim=-1)
+
+
+def kmeans(mlp, n_experts, seed=0):
+    """The paper's: balanced k-means on the normalised rows of w_in -> cluster (H,)."""
+    return balanced_kmeans(normalised_rows(mlp), n_experts, seed)
+
+
+def deal(mlp, n_experts, seed=0):
+    """The control: the same sizes, neurons dealt at random -> cluster (H,)."""
+    n_hidden = len(mlp.w_in)
     order = torch.randperm(n_hidden, generator=torch.Generator().manual_seed(seed))
     cluster = torch.empty(n_hidden, dtype=torch.long)
-    cluster[order] = torch.arange(n_experts).repeat_interleave(expert_sizes(n_hidden, n_experts))
+    sizes = expert_sizes(n_hidden, n_experts)
+    cluster[order] = torch.arange(n_experts).repeat_interleave(sizes)
     return cluster
 
 
+SPLITS = dict(kmeans=kmeans, random=deal)
+
+
 def split_mlp(mlp, n_experts, split='kmeans', seed=0):
-    """Sort one MLP's neurons into experts, in place. Returns (J of the split, J of a random one)."""
-    x = F.normalize(mlp.w_in.detach().float().cpu(), dim=-1)     # what a neuron listens to, not how loudly
-    dealt = random_split(len(x), n_experts, seed)
-    if split == 'kmeans':
-        cluster = balanced_kmeans(x, n_experts, seed)
-    elif split == 'random':
-        cluster = dealt
-    else:
-        raise ValueError(f'split must be one of {", ".join(SPLITS)}, not {split!r}')
-    sizes = expert_sizes(len(x), n_experts)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
-    order = cluster.argsort(stable=True).to(mlp.w_in.device)
-    mlp.sort_neurons(order, offsets)
+    """Sort one MLP's neurons into experts, in place. Returns J of the split and of a random one."""
+    x, cluster = normalised_rows(mlp), SPLITS[split](mlp, n_experts, seed)
+    dealt = deal(mlp, n_experts, seed)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long),
+                         cluster.bincount(minlength=n_experts).cumsum(0)])
+    mlp.sort_neurons(cluster.argsort(stable=True).to(mlp.w_in.device), offsets)
     return objective(x, cluster, n_experts), objective(x, dealt, n_experts)
 
 
-@torch.no_grad()
-def split_model(model, n_experts, expert_size=0, split='kmeans', seed=0, say=print):
-    """Sort the neurons of every MLP into experts, and make sure that the model's output stays what it was.
+@dataclass
+class Moefy:
+    """Sort the neurons of every MLP into experts: the output stays what it was."""
+    reads = ('sparse',)
+    writes = 'moe'
+    n_experts: Annotated[int, '> 0'] = 128
+    expert_size: int = 0                # neurons an expert, instead of n_experts
+    split: Annotated[str, SPLITS] = 'kmeans'
 
-    expert_size, where it is not 0, says how many neurons an expert has, instead of n_experts. Returns the
-    objective of each MLP's split, that of a random one, and the largest change of the output.
-    """
-    idx = torch.arange(min(64, model.config.block_size), device=model.wte.weight.device)[None]
-    idx, scores, start, mlps = idx % model.config.vocab_size, [], time.time(), model.mlps()
-    ffns = set(model.ffns())
-    before = model(idx)
-    for i, mlp in enumerate(mlps):
-        n_hidden = len(mlp.w_in)
-        n = max(1, n_hidden // expert_size) if expert_size else n_experts
-        if mlp not in ffns:                                      # a replaced projection, narrower than the FFNs
-            n = min(n, n_hidden)
-        scores.append(split_mlp(mlp, n, split, seed))
-        left = (time.time() - start) / (i + 1) * (len(mlps) - i - 1)
-        say(f'moefy   mlp {i + 1}/{len(mlps)}  {n} experts  objective {scores[-1][0]:.1f} '
-            f'(random split {scores[-1][1]:.1f})  {left:.0f} s left', flush=True)
-    model.add_experts([len(mlp.offsets) - 1 for mlp in mlps])
-    worst = (model(idx) - before).abs().max().item()
-    if not worst <= 1e-4 * max(1.0, before.abs().max().item()):
-        raise RuntimeError(f'sorting neurons changed the output by {worst:.2e}: nothing was written')
-    say(f'moefy   output unchanged to {worst:.1e}')
-    return dict(objective=[a for a, _ in scores], objective_random=[b for _, b in scores], output_change=worst)
+    @torch.no_grad()
+    def prepare(self, model, batches):
+        """Returns the objective of each MLP's split, of a random one, and the output's change."""
+        c, mlps = model.config, model.mlps()
+        idx = torch.arange(min(64, c.block_size), device=model.wte.weight.device) % c.vocab_size
+        before, found, began = model(idx[None]), [], time.time()
+        for i, mlp in enumerate(mlps):
+            n = max(1, len(mlp.w_in) // self.expert_size) if self.expert_size else self.n_experts
+            # a replaced projection is narrower than the FFNs
+            if not any(mlp is ffn for ffn in model.ffns()):
+                n = min(n, len(mlp.w_in))
+            found.append(split_mlp(mlp, n, self.split, self.seed))
+            left = (time.time() - began) / (i + 1) * (len(mlps) - i - 1)
+            print(f'moefy    mlp {i + 1}/{len(mlps)}  {n} experts  objective {found[-1][0]:.1f} '
+                  f'(random split {found[-1][1]:.1f})  {left:.0f} s left', flush=True)
+        c.n_experts = [len(mlp.offsets) - 1 for mlp in mlps]
+        change = (model(idx[None]) - before).abs().max().item()
+        if not change <= 1e-4 * max(1.0, before.abs().max().item()):
+            raise RuntimeError(f'sorting changed the output by {change:.2e}: nothing was written')
+        return dict(objective=[a for a, _ in found], objective_random=[b for _, b in found],
+                    output_change=change)
+
+    def parameters(self, model):
+        return []                       # nothing to learn
 
 
 if __name__ == '__main__':
-    import sys
-
     import train
-    train.convert('moefy', sys.argv[1:])
+    train.convert('moefy')

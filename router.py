@@ -1,180 +1,279 @@
-"""Which experts should a token run? The router, its rules, its targets and its losses.
+"""Which experts should a token run? Kinds of routers, the rules, and the phase that trains them.
 
-A router is two small matrices that look at a token before its FFN does and predict how much each expert
-will contribute. With a = act(x W_in^T + b) the hidden activations and S_r the neurons of output r,
+A router looks at a token before its FFN does and says how much each expert would contribute. With
+a = act(x W_in^T + b) the hidden activations and S_r the neurons of router output r,
 
-    out_r = a[S_r] W_out[S_r]        what expert r adds to the residual stream
-    |out_r|^2 = a_r^T G_r a_r        with the Gram matrix G_r = W_out[S_r] W_out[S_r]^T    (s, s)
+    out_r = a[S_r] W_out[S_r]        what output r adds to the residual stream
+    |out_r|^2 = a_r^T G_r a_r        with the Gram matrix G_r = W_out[S_r] W_out[S_r]^T
 
-so the exact norms need no (T, R, D) tensor. A rule then turns the scores of a token into the set it runs.
+so the exact norms need no (T, R, D) tensor. A rule then turns the scores of a token into a set.
 
-    router   score                               trained against                        usual rule
-    norm     |W2 relu(W1 x)|                     MSE on |out_r| / RMS   (D2DMoE, eq. 5) dynk
-    active   sigmoid(W2 relu(W1 x + b1) + b2)    BCE on |out_r| >= 5 % of the largest   threshold
-    share    sigmoid(W2 tanh(W1 x / |x|))        BCE on the share of activation         topk
-                                                 (MoEfication, as its authors train it)
-    oracle   |out_r| itself                      nothing: the ceiling of every router   dynk
+    kind     score                             trained against                       usual rule
+    norm     |W2 relu(W1 x)|                   MSE on |out_r| / RMS (D2DMoE, eq. 5)  dynk
+    active   sigmoid(W2 relu(W1 x + b1) + b2)  BCE on |out_r| >= 5 % of the largest  threshold
+    share    sigmoid(W2 tanh(W1 x / |x|))      BCE on the share of activation        topk
+                                               (MoEfication, as its authors do it)
+    oracle   |out_r| / RMS itself              nothing: the ceiling of every router  dynk
 
-Run it on a checkpoint:  python router.py out/moe.pt out/d2dmoe.pt --router_loss=norm
+RMS is the root mean square of the norms in a layer. A new kind is a class and its name in ROUTERS.
 
-    T tokens (batch and sequence flattened) · D n_embd · F hidden neurons · E experts (slices)
-    R router outputs (= E without `owners`) · W router width · s neurons of the largest expert
+    python router.py out/moe.pt out/d2dmoe.pt --router_loss=norm
+
+    T tokens · D n_embd · H hidden neurons · E experts (slices) · R router outputs (E without
+    `owners`) · W router width · s neurons of the largest output
 """
+
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import linear
-
-LOSSES = ('norm', 'active', 'share')
-USUAL_RULE = dict(norm='dynk', active='threshold', share='topk', oracle='dynk')
-RULES = ('dynk', 'threshold', 'topk', 'cumulative')
+from kernel import ACTIVATIONS, linear
 
 
-class Router(nn.Module):
-    """Scores >= 0 for every router output: x (T, D) -> (T, R). `loss` names the row of the table above."""
+# -------------------------------------------------------------------------------------- rules
 
-    def __init__(self, n_embd, n_outputs, width, loss='norm'):
-        super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f'router_loss must be one of {", ".join(LOSSES)}, not {loss!r}')
-        self.loss = loss
-        width = n_outputs if loss == 'share' else width         # MoEfication's router is D -> E -> E
-        self.w1 = nn.Parameter(torch.randn(width, n_embd) * n_embd ** -0.5)
-        self.w2 = nn.Parameter(torch.randn(n_outputs, width) * width ** -0.5)
-        self.b1 = nn.Parameter(torch.zeros(width)) if loss == 'active' else None
-        self.b2 = nn.Parameter(torch.zeros(n_outputs)) if loss == 'active' else None
-        self.register_buffer('scale', torch.zeros(()))           # RMS of the norms in this layer; 0 = not seen yet
-
-    def logits(self, x):                                         # (T, D) -> (T, R)
-        if self.loss == 'share':
-            return linear(torch.tanh(linear(F.normalize(x, dim=-1), self.w1)), self.w2)
-        return linear(F.relu(linear(x, self.w1, self.b1)), self.w2, self.b2)
-
-    def forward(self, x):
-        z = self.logits(x)
-        return z.abs() if self.loss == 'norm' else z.sigmoid()
-
-    def init_share(self, w_in, offsets, owners=None):
-        """MoEfication's start: first layer = the cluster centres, second = the identity."""
-        index, valid = neuron_index(offsets, owners)
-        rows = F.normalize(w_in, dim=-1)[index] * valid[..., None]                      # (R, s, D)
-        with torch.no_grad():
-            self.w1.copy_(F.normalize(rows.sum(1), dim=-1))
-            self.w2.copy_(torch.eye(self.w2.shape[0]))
+# the values of tau that an evaluation tries, by rule
+GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3), threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
+FLOOR = 0.1                                 # of dynk, where nobody says otherwise
 
 
-def select(score, rule, tau=0.0, k=None, floor=0.0):
-    """The outputs each token runs: score (T, R) >= 0 -> bool (T, R).
+def select(score, rule, tau=0.0, floor=0.0):
+    """The outputs that each token runs: score (T, R) >= 0 -> bool (T, R).
 
-    dynk        score >= tau * the token's largest and score > floor   (D2DMoE; its authors' code writes 1 - tau
-                and has no floor: a token whose FFN is silent, all norms 0, runs everything there)
+    dynk        score >= tau * the token's largest and score > floor  (D2DMoE; the authors' code
+                writes 1 - tau and has no floor: a token whose FFN is silent runs everything there)
     threshold   score >= tau
-    topk        the k largest, ties broken by torch.topk
+    topk        the share tau of the outputs, at least one: the largest, ties as in torch.topk
     cumulative  the smallest set whose scores reach the share tau of the token's sum
 
-    A row with a NaN score runs nothing under dynk, threshold and cumulative.
+    A row with a NaN score runs nothing under dynk, threshold and cumulative. ValueError names the
+    rules if `rule` is none.
     """
     if rule == 'dynk':
         return (score >= tau * score.amax(-1, keepdim=True)) & (score > floor)
     if rule == 'threshold':
         return score >= tau
     if rule == 'topk':
-        k = max(0, min(int(k), score.shape[-1]))
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(k, -1).indices, True)
+        k = max(1, round(tau * score.shape[-1]))
+        chosen = torch.zeros_like(score, dtype=torch.bool)
+        return chosen.scatter_(-1, score.topk(k, -1).indices, True)
     if rule == 'cumulative':
         ordered, index = score.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered                    # what the larger ones already reach
+        # what the larger ones already reach; a sum in floats may fall short of 1, which means all
+        before = ordered.cumsum(-1) - ordered
         chosen = before < tau * ordered.sum(-1, keepdim=True)
-        if tau >= 1:                                             # 1 means all: a sum in floats may fall short
+        if tau >= 1:
             chosen = ordered == ordered
         return torch.zeros_like(chosen).scatter_(-1, index, chosen)
-    raise ValueError(f'rule must be one of {", ".join(RULES)}, not {rule!r}')
+    raise ValueError(f'rule must be one of {", ".join(GRID)}, not {rule!r}')
 
 
 def to_slices(chosen, owners):
-    """Router outputs -> slices of the hidden dimension: a slice runs if any chosen output owns it.
-
-    chosen (T, R) bool, owners (E, R)^T = (R, E) bool or None -> mask (T, E) bool
-    """
+    """A slice runs if any chosen output owns it: (T, R) bool, owners (R, E) bool -> (T, E) bool."""
     return chosen if owners is None else (chosen.float() @ owners.float()) > 0
 
 
+# -------------------------------------------------------------------------------------- true norms
+
+class Grams(NamedTuple):
+    """The neurons of every router output, padded to the largest, and their Gram matrices."""
+    index: torch.Tensor                     # (R, s) int64
+    valid: torch.Tensor                     # (R, s) bool
+    gram: torch.Tensor                      # (R, s, s)
+
+
 def neuron_index(offsets, owners=None):
-    """The neurons of every router output, padded to the largest: index (R, s) and valid (R, s)."""
-    offsets = offsets.tolist()
-    slices = [range(a, b) for a, b in zip(offsets, offsets[1:])]
+    """-> index (R, s) and valid (R, s): which neurons belong to which output."""
+    edges = offsets.tolist()
+    slices = [range(a, b) for a, b in zip(edges, edges[1:])]
     if owners is not None:
-        slices = [[i for e, own in enumerate(row) if own for i in slices[e]] for row in owners.tolist()]
-    s = max(1, max(len(r) for r in slices))
-    index, valid = torch.zeros(len(slices), s, dtype=torch.long), torch.zeros(len(slices), s, dtype=torch.bool)
+        slices = [[i for e, own in enumerate(row) if own for i in slices[e]]
+                  for row in owners.tolist()]
+    s = max(1, max(len(neurons) for neurons in slices))
+    index = torch.zeros(len(slices), s, dtype=torch.long)
+    valid = torch.zeros(len(slices), s, dtype=torch.bool)
     for r, neurons in enumerate(slices):
         index[r, :len(neurons)] = torch.tensor(list(neurons), dtype=torch.long)
         valid[r, :len(neurons)] = True
     return index, valid
 
 
-def gram(w_out, offsets, owners=None):
-    """G_r = W_out[S_r] W_out[S_r]^T for every router output, zero-padded.
-
-    w_out (F, D) -> gram (R, s, s), and the padded neurons of each output, index and valid (R, s)
-    """
+def grams(w_out, offsets, owners=None):
+    """w_out (H, D) -> Grams."""
     index, valid = (t.to(w_out.device) for t in neuron_index(offsets, owners))
-    w = w_out[index] * valid[..., None]                                                 # (R, s, D)
-    return w @ w.transpose(1, 2), index, valid
+    w = w_out[index] * valid[..., None]     # (R, s, D)
+    return Grams(index, valid, w @ w.transpose(1, 2))
 
 
-def expert_norms(a, gram, index, valid):
-    """The exact L2 norm of each expert's output: a (T, F) -> (T, R), without forming any output."""
-    a = (a[:, index] * valid).transpose(0, 1)                                           # (R, T, s)
-    return ((a @ gram) * a).sum(-1).clamp_min(0).sqrt().T                               # rounding may dip below 0
+def expert_norms(a, g):
+    """The exact L2 norm of each output: activations a (T, H), Grams -> (T, R)."""
+    a = (a[:, g.index] * g.valid).transpose(0, 1)                # (R, T, s)
+    # rounding may dip below 0
+    return ((a @ g.gram) * a).sum(-1).clamp_min(0).sqrt().T
 
 
-def router_target(loss, a, norms, index, valid):
-    """What a router of kind `loss` should have said: a (T, F), norms (T, R) -> (T, R)."""
-    if loss == 'norm':
-        return norms
-    if loss == 'active':
-        return (norms >= 0.05 * norms.amax(-1, keepdim=True).clamp_min(1e-9)).float()
-    total = (F.relu(a)[:, index] * valid).sum(-1)                                       # (T, R)
-    return total / total.max().clamp_min(1e-9)                   # of the batch's largest, as the authors do
+# -------------------------------------------------------------------------------------- kinds
+
+class Seen(NamedTuple):
+    """What a router is trained on: one MLP, one batch."""
+    x: torch.Tensor                         # (T, D) what the MLP read
+    a: torch.Tensor                         # (T, H) its activations
+    norms: torch.Tensor                     # (T, R) of what each output adds
+    scale: torch.Tensor                     # () RMS of the norms in this layer
+    grams: Grams
 
 
-def router_loss(router, x, target):
-    """MSE on norms divided by their RMS in this layer (dynk does not see a factor), else BCE."""
-    if router.loss == 'norm':
-        return F.mse_loss(router(x), target / router.scale)
-    return F.binary_cross_entropy_with_logits(router.logits(x), target)
+def n_outputs(mlp, owners):
+    return len(mlp.offsets) - 1 if owners is None else len(owners)
 
 
-def train_loss(model, batch, grams):
-    """One step's loss for the routers of a frozen model: the mean over MLPs, each a problem of its own.
+class Norm(nn.Module):
+    """The paper's: regression on the norms, in units of their RMS (dynk does not see a factor)."""
+    rule = 'dynk'
 
-    The model runs without gradients, so a step costs one forward pass and the routers' own few per cent.
-    `grams` holds gram(...) of each MLP.
-    """
-    tap, losses = [], []
-    with torch.no_grad():
-        model.encode(**batch, tap=tap)
-    for t, mlp, (g, index, valid) in zip(tap, model.mlps(), grams):
-        norms = expert_norms(t['a'], g, index, valid)
-        if mlp.router.scale == 0:
-            mlp.router.scale.copy_(norms.square().mean().sqrt().clamp_min(1e-9))
-        target = router_target(mlp.router.loss, t['a'], norms, index, valid)
-        losses.append(router_loss(mlp.router, t['x'], target))
-    return torch.stack(losses).mean(), {}
+    def __init__(self, mlp, owners, width):
+        super().__init__()
+        D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
+        self.w1 = nn.Parameter(torch.randn(width, D) * D ** -0.5)
+        self.w2 = nn.Parameter(torch.randn(R, width) * width ** -0.5)
+
+    def forward(self, x):                   # (T, D) -> (T, R)
+        return linear(F.relu(linear(x, self.w1)), self.w2).abs()
+
+    def loss(self, seen):
+        return F.mse_loss(self(seen.x), seen.norms / seen.scale)
 
 
-def learn(model):
-    """What the router phase trains, and on what: (parameters, loss_fn(batch, progress))."""
-    grams = [gram(mlp.w_out, mlp.offsets, mlp.owners) for mlp in model.mlps()]
-    parameters = [p for mlp in model.mlps() for p in mlp.router.parameters()]
-    return parameters, lambda batch, progress: train_loss(model, batch[0], grams)
+class Active(nn.Module):
+    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest."""
+    rule = 'threshold'
+
+    def __init__(self, mlp, owners, width):
+        super().__init__()
+        D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
+        self.w1 = nn.Parameter(torch.randn(width, D) * D ** -0.5)
+        self.w2 = nn.Parameter(torch.randn(R, width) * width ** -0.5)
+        self.b1 = nn.Parameter(torch.zeros(width))
+        self.b2 = nn.Parameter(torch.zeros(R))
+
+    def logits(self, x):                    # (T, D) -> (T, R)
+        return linear(F.relu(linear(x, self.w1, self.b1)), self.w2, self.b2)
+
+    def forward(self, x):
+        return self.logits(x).sigmoid()
+
+    def loss(self, seen):
+        largest = seen.norms.amax(-1, keepdim=True).clamp_min(1e-9)
+        target = (seen.norms >= 0.05 * largest).float()
+        return F.binary_cross_entropy_with_logits(self.logits(seen.x), target)
+
+
+class Share(nn.Module):
+    """MoEfication's, D -> R -> R: starts as the cluster centres and the identity."""
+    rule = 'topk'
+
+    def __init__(self, mlp, owners, width):
+        super().__init__()
+        D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
+        centres = torch.zeros(R, D)
+        # a checkpoint brings its own weights, and its modules have none yet
+        if not mlp.w_in.is_meta:
+            index, valid = (t.to(mlp.w_in.device) for t in neuron_index(mlp.offsets, owners))
+            rows = F.normalize(mlp.w_in.detach(), dim=-1)[index] * valid[..., None]      # (R, s, D)
+            centres = F.normalize(rows.sum(1), dim=-1)
+        self.w1 = nn.Parameter(centres)
+        self.w2 = nn.Parameter(torch.eye(R))
+
+    def logits(self, x):
+        return linear(torch.tanh(linear(F.normalize(x, dim=-1), self.w1)), self.w2)
+
+    def forward(self, x):
+        return self.logits(x).sigmoid()
+
+    def loss(self, seen):
+        total = (F.relu(seen.a)[:, seen.grams.index] * seen.grams.valid).sum(-1)        # (T, R)
+        # of the batch's largest, as the authors do
+        target = total / total.max().clamp_min(1e-9)
+        return F.binary_cross_entropy_with_logits(self.logits(seen.x), target)
+
+
+class Oracle(nn.Module):
+    """The true norms: no router can do better on the same experts. It has nothing to learn."""
+    rule = 'dynk'
+
+    def __init__(self, mlp, owners, width):
+        super().__init__()
+        # a tuple, so that the MLP's weights do not become the router's
+        self.experts, self.grams = mlp.experts, grams(mlp.w_out, mlp.offsets, owners)
+        self.scale = 1.0 if mlp.router is None else mlp.router.scale.clone()
+
+    def forward(self, x):
+        a = ACTIVATIONS[self.experts.act](linear(x, self.experts.w_in, self.experts.b_in))
+        return expert_norms(a, self.grams) / self.scale
+
+
+ROUTERS = dict(norm=Norm, active=Active, share=Share, oracle=Oracle)
+
+
+class Router(nn.Module):
+    """What stands in front of an MLP: a kind's scores, a rule, and who owns which slice."""
+
+    def __init__(self, kind, mlp, owners, width):
+        super().__init__()
+        self.net = ROUTERS[kind](mlp, owners, width)
+        # RMS of the norms in this layer; 0: not seen yet
+        self.register_buffer('scale', torch.zeros(()))
+        self.register_buffer('owners', owners)                   # (R, E) bool, or None
+        # no rule: every expert runs, and the router does not
+        self.rule, self.tau, self.floor = '', 0.0, 0.0
+        # share of neurons run under this rule, once measured: a hint for GPUs
+        self.rho = None
+
+    def choose(self, score):                # (T, R) -> (T, E)
+        return to_slices(select(score, self.rule, self.tau, self.floor), self.owners)
+
+    def forward(self, x):                   # (T, D) -> (T, E)
+        return self.choose(self.net(x))
+
+
+# -------------------------------------------------------------------------------------- training
+
+@dataclass
+class Route:
+    """A router in front of every MLP of the frozen model; each kind is a checkpoint of its own."""
+    reads = ('moe',)
+    writes = 'd2dmoe'
+    each = 'router_loss'                    # one run for each of its values
+    steps: int = 280
+    lr: float = 5e-3
+    router_loss: Annotated[str, ROUTERS] = 'norm,active'    # kinds, the paper's first
+    router_width: Annotated[int, '> 0'] = 64                # of projections at most 32
+
+    def prepare(self, model, batches):
+        model.add_routers(self.router_loss, self.router_width)
+        self.grams = [grams(mlp.w_out, mlp.offsets, mlp.router.owners) for mlp in model.mlps()]
+
+    def parameters(self, model):
+        model.eval()                        # no dropout: the model is frozen
+        return [p for mlp in model.mlps() for p in mlp.router.net.parameters()]
+
+    def loss(self, model, batch, progress):
+        """The mean over MLPs, each a problem of its own: one forward pass without gradients."""
+        tap, losses = [], []
+        with torch.no_grad():
+            model.encode(**batch[0], tap=tap)
+        for t, mlp, g in zip(tap, model.mlps(), self.grams):
+            norms, router = expert_norms(t['a'], g), mlp.router
+            if router.scale == 0:
+                router.scale.copy_(norms.square().mean().sqrt().clamp_min(1e-9))
+            losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
+        return torch.stack(losses).mean(), {}
 
 
 if __name__ == '__main__':
-    import sys
-
     import train
-    train.convert('router', sys.argv[1:])
+    train.convert('router')
