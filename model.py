@@ -18,10 +18,8 @@ import hashlib
 import math
 import os
 import re
-import shutil
-import tempfile
 import textwrap
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -131,8 +129,8 @@ class Attention(nn.Module):
             setattr(self, name, new)
 
     def forward(self, x, layout, cache=None, tap=None):          # (T, D) -> (T, D)
-        q, k, v = (project(x, tap).unflatten(-1, (self.n_head, -1))                     # (T, n_head, d)
-                   for project in (self.q, self.k, self.v))
+        q, k, v = (project(x, tap).unflatten(-1, (self.n_head, -1))
+                   for project in (self.q, self.k, self.v))      # (T, n_head, d)
         y = attention(q, k, v, layout, cache, self.dropout if self.training else 0.0)
         return self.o(y.flatten(1), tap)
 
@@ -361,7 +359,7 @@ class Transformer(nn.Module):
 
 
 def projection_width(n_embd):
-    """Hidden width at which an MLP with biases costs what the D x D projection with its bias did."""
+    """Hidden width at which an MLP with biases costs what the projection with its bias did."""
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
 
 
@@ -387,78 +385,64 @@ def pad(sequences, device='cpu'):
 # -------------------------------------------------------------------------------------- texts
 
 class Texts(NamedTuple):
+    """A tokenizer: strings to tokens and back."""
     encode: Callable                    # list of strings -> list of lists of tokens
     decode: Callable                    # list of tokens -> string
     vocab_size: int
-    closing: int = 0                    # tokens that close a text
+    closing: int = 0                    # tokens that close a text and survive a cut
+    json: str = ''                      # wordpieces: all there is to know of them
 
     def cut(self, ids, length):
-        """At most `length` tokens, the closing ones among them."""
-        if len(ids) <= length:
-            return ids
-        return ids[:length - self.closing] + ids[len(ids) - self.closing:]
+        return ids if len(ids) <= length else \
+            [*ids[:length - self.closing], *ids[len(ids) - self.closing:]]
 
 
 def tokenizer(about, causal):
-    """The Texts of what a checkpoint or the options say: tokenizer 'bytes', 'gpt2' (tiktoken),
-    'wordpiece' or 'published' (of `tokenizer_source`; 'tokenizer_json' is a copy of it)."""
+    """The Texts of what a checkpoint or the options say: tokenizer 'bytes', 'gpt2' (tiktoken) or
+    'wordpiece', a published model's own (tokenizer_source, or its copy tokenizer_json)."""
     name, source = about.get('tokenizer'), about.get('tokenizer_source')
     if name == 'bytes':                 # a BERT's texts begin with a token of their own
         first = [] if causal else [256]
         return Texts(lambda texts: [first + list(t.encode('utf-8', 'replace')) for t in texts],
                      lambda ids: bytes(i for i in ids if i < 256).decode('utf-8', 'replace'),
                      256 + len(first))
-    if name == 'gpt2':
-        import tiktoken
-        try:
-            gpt2 = tiktoken.get_encoding('gpt2')
-        except Exception as error:      # requests' errors, a bad cache: one way out
-            raise BadInput('--tokenizer=gpt2: its vocabulary could be neither downloaded nor found '
-                           f'in TIKTOKEN_CACHE_DIR ({type(error).__name__}); connect once, set '
-                           'that folder to a filled cache, or use --tokenizer=bytes') from None
-        return Texts(lambda texts: [gpt2.encode_ordinary(t) for t in texts], gpt2.decode, 50257)
-    if name not in ('wordpiece', 'published'):
-        raise BadInput(f'the model says nothing of its tokenizer ({name}): give it tokens')
     try:
+        if name == 'gpt2':
+            import tiktoken
+            gpt2 = tiktoken.get_encoding('gpt2')
+            return Texts(lambda texts: [gpt2.encode_ordinary(t) for t in texts], gpt2.decode, 50257)
+        auto, text = transformers().AutoTokenizer, about.get('tokenizer_json')
         import tokenizers
-        if 'tokenizer_json' in about:
-            enc = tokenizers.Tokenizer.from_str(about['tokenizer_json'])
-        else:
-            enc = need_transformers().AutoTokenizer.from_pretrained(source).backend_tokenizer
+        enc = tokenizers.Tokenizer.from_str(text) if text else \
+            auto.from_pretrained(source).backend_tokenizer
         enc.no_padding()
         enc.no_truncation()
-    except ImportError:
-        raise BadInput('wordpieces need transformers: pip install transformers') from None
     except BadInput:
         raise
-    except Exception as error:          # the libraries raise plain Exceptions
-        raise BadInput(f'{source}: has no readable tokenizer ({reason(error)})') from None
-    about['tokenizer_json'] = enc.to_str()
-    closing = 0 if causal else 1
+    except Exception as error:          # no network, no cache, no such file: each has its own
+        raise BadInput(f'the tokenizer {name} {source or ""} can be neither found nor downloaded '
+                       f'({reason(error)}); offline, fill its cache (TIKTOKEN_CACHE_DIR), give a '
+                       'folder, or use --tokenizer=bytes') from None
     return Texts(lambda texts: [e.ids for e in enc.encode_batch(texts)], enc.decode,
-                 enc.get_vocab_size(), closing)
+                 enc.get_vocab_size(), 0 if causal else 1, enc.to_str())
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 def write_atomically(path, write):
-    """write(temporary path), flushed and renamed over `path`: a kill leaves the old or the new
-    file. BadInput names the path if that cannot be done; the old file stays whole."""
-    folder, temporary = os.path.dirname(os.path.abspath(path)), None
+    """write(temporary path), flushed and renamed over `path`: a kill leaves the old file or the
+    new one. BadInput names the path if that cannot be done; the old file stays whole."""
+    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path),
-                                             suffix='.tmp')
-        os.close(handle)
         write(temporary)
         with open(temporary, 'rb+') as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)      # mkstemp's 0600 is for secrets
         os.replace(temporary, path)
     # torch.save turns a full disk into a RuntimeError
     except (OSError, RuntimeError) as error:
         raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
     finally:
-        if temporary and os.path.exists(temporary):
+        if os.path.exists(temporary):
             os.remove(temporary)
 
 
@@ -495,17 +479,14 @@ def read_checkpoint(path):
 
 def build(data, path='checkpoint'):
     """The model of a checkpoint's dict, in eval mode and without gradients."""
-    unknown = data['config'].keys() - {f.name for f in fields(Config)}
-    if unknown:
-        raise BadInput(f'{path}: unknown config entries {sorted(unknown)}: another version\'s?')
     try:
         with torch.device('meta'):
             model = Transformer(Config(**data['config']))
         model.load_state_dict(data['model'], assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
-        lines = str(error).splitlines()
-        raise BadInput(f'{path}: its tensors do not match its config '
-                       f'({lines[min(1, len(lines) - 1)].strip()})') from None
+        why = ' '.join(str(error).split('\n')[-2:])
+        raise BadInput(f'{path}: its tensors do not fit its config, or another version wrote it '
+                       f'({textwrap.shorten(why, 160)})') from None
     model.about = data.get('data') or {}
     return model.eval().requires_grad_(False)
 
@@ -539,6 +520,13 @@ def load(where, n_classes=0):
 from_pretrained = load
 
 
+def load_config(where):
+    """The Config of what load(where) would read, without its weights."""
+    if os.path.isfile(where):
+        return Config(**read_checkpoint(where)['config'])
+    return published_config(where)[1]
+
+
 # -------------------------------------------------------------------------------------- published
 #
 # transformers reads and writes the files; ours is the table of names, used both ways.
@@ -568,52 +556,50 @@ KEYS = {'gpt2': dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', n_hidd
 ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', relu='relu')
 # what our Transformer computes
 ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, is_decoder=False,
-            add_cross_attention=False, position_embedding_type='absolute',
-            tie_word_embeddings=True)
+            add_cross_attention=False, position_embedding_type='absolute', tie_word_embeddings=True)
 
 
-def need_transformers():
+def transformers():
+    """The library, quiet. BadInput says how to install it."""
     try:
-        import transformers
+        import transformers as library
     except ImportError:
         raise BadInput('published models need transformers: pip install transformers') from None
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
+    library.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
 
 
 def published(model):
-    """[(their name, our names, whether their matrix is ours transposed)], routing left out."""
+    """[(their name, our names, whether theirs is ours transposed)], routing left out."""
     causal, out = model.config.causal, {}
     table = GPT2 if causal else BERT
     pattern = re.compile(rf'\b({"|".join(table)})\b')
     for name, p in model.named_parameters():
         if '.router.' not in name:
             theirs = pattern.sub(lambda m: table[m[0]], name)
-            # nn.Linear keeps (out, in), GPT-2's Conv1D (in, out), our MLPs both neuron-major
-            inside = name.startswith('blocks') and p.dim() == 2
-            turned = inside and name.endswith('w_out') != causal
+            # nn.Linear keeps (out, in), GPT-2's Conv1D (in, out), our MLPs are neuron-major
+            turned = name.startswith('blocks') and p.dim() == 2 and name.endswith('w_out') != causal
             out.setdefault(theirs, ([], turned))[0].append(name)
     return [(theirs, ours, turned) for theirs, (ours, turned) in out.items()]
 
 
 def published_class(c):
-    """The class of transformers for a Config, and its prefix where it has none of its own."""
-    t = need_transformers()
+    """The class of transformers for a Config, and a prefix that its tensors lack."""
+    library = transformers()
     if c.causal:
-        return t.GPT2LMHeadModel, ''
-    if c.head == 'cls':
-        return t.BertForSequenceClassification, ''
-    return (t.BertForMaskedLM, '') if c.head == 'mlm' else (t.BertModel, 'bert.')
+        return library.GPT2LMHeadModel, ''
+    heads = dict(cls=library.BertForSequenceClassification, mlm=library.BertForMaskedLM)
+    return (heads[c.head], '') if c.head else (library.BertModel, 'bert.')
 
 
-def published_config(where, n_classes):
+def published_config(where, n_classes=0):
     """(transformers' config of a published model, our Config). BadInput says what is not ours."""
     try:
-        j = need_transformers().AutoConfig.from_pretrained(where)
+        j = transformers().AutoConfig.from_pretrained(where)
     except BadInput:
         raise
-    except Exception as error:          # OSError, ValueError, hub errors, JSON errors
+    except Exception as error:          # OSError, ValueError, errors of the hub and of JSON
         raise BadInput(f'{where}: neither a checkpoint, nor a folder with a config.json, nor a '
                        f'published model that can be downloaded ({reason(error)})') from None
     if j.model_type not in KEYS:
@@ -649,108 +635,72 @@ def read_published(where, n_classes=0):
                                                 output_loading_info=True)
     except Exception as error:          # each file format has exceptions of its own
         raise BadInput(f'{where}: its weights cannot be read ({reason(error)})') from None
-    missing = {prefix + name for name in info['missing_keys']}
-    if c.head is None and missing and all('pooler' in name for name in missing):
-        c.pooler, missing = False, set()
+    missing = sorted(info['missing_keys'])
+    if c.head is None and all(name.startswith('pooler') for name in missing):
+        c.pooler, missing = not missing, []
     if missing:
-        raise BadInput(f'{where}: has no tensor {sorted(missing)[0]}')
-    dropped = sorted(info['unexpected_keys'])
-    if dropped:
-        print(f'{where}: {len(dropped)} tensors without a place here are dropped: '
-              + textwrap.shorten(', '.join(dropped), 160, placeholder=' ...'))
-    tensors, state = {prefix + k: v for k, v in theirs.state_dict().items()}, {}
+        raise BadInput(f'{where}: has no tensor {missing[0]}')
+    if info['unexpected_keys']:
+        print(f'{where}: tensors that have no place here are dropped: ' + textwrap.shorten(
+            ', '.join(sorted(info['unexpected_keys'])), 160, placeholder=' ...'))
+    tensors, state = {prefix + name: t for name, t in theirs.state_dict().items()}, {}
     del theirs
     with torch.device('meta'):
-        table = published(Transformer(c))
-    for name, ours, turned in table:
+        model = Transformer(c)
+    for name, ours, turned in published(model):
         t = tensors.pop(name)
         for our, part in zip(ours, (t.T if turned else t).chunk(len(ours))):
             state[our] = part.contiguous()
     for i in range(c.n_layer):          # one expert, unless routing says otherwise
         state[f'blocks.{i}.mlp.offsets'] = torch.tensor([0, c.n_hidden], dtype=torch.int32)
-    about = dict(tokenizer='published', tokenizer_source=os.fspath(where))
+    about = dict(tokenizer='wordpiece', tokenizer_source=os.fspath(where))
     if c.head == 'cls':
         about['classes'] = [str(j.id2label[i]) for i in range(c.n_classes)]
     return dict(config=asdict(c), model=state, data=about)
 
 
-def why_not_plain(c):
-    """Why transformers has no class for such a model; '' if it has."""
-    if c.projections:
-        return 'attention projections were replaced by MLPs'
-    if c.causal != c.pre_ln or c.causal == bool(c.n_types):
-        return 'it is neither a GPT-2 nor a BERT'
-    if c.head == 'cls' and not c.pooler:
-        return 'BERT has a pooler before its classification head'
-    return ''
-
-
 def export(model, folder):
-    """Write a model as a plain GPT-2 or BERT folder for transformers, its routing in d2dmoe.pt
-    beside it (what has no plain form goes there whole); load(folder) gives the same model back.
-    Returns what to say about it. BadInput if the folder is there and not empty."""
-    c, say = model.config, ''
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise BadInput(f'{folder}: is not an empty folder; give another')
-    parent = os.path.dirname(os.path.abspath(folder))
+    """Write a model as a plain GPT-2 or BERT folder for transformers, and its routing into
+    d2dmoe.pt beside it; with replaced projections, which no plain model has, all goes there.
+    load(folder) gives the same model back. BadInput if the folder is there and not empty."""
+    c, state = model.config, model.state_dict()
     try:
-        os.makedirs(parent, exist_ok=True)
-        building = tempfile.mkdtemp(dir=parent)
-        os.chmod(building, 0o755)
-    except OSError as error:
-        raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
-    try:
-        state, plain = model.state_dict(), not why_not_plain(c)
-        if plain:
-            export_plain(model, building)
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise BadInput(f'{folder}: is not an empty folder; give another')
+        if not c.projections:
+            export_plain(model, folder)
             state = {name: t for name, t in state.items()
                      if name.endswith('.offsets') or '.router.' in name}
-            say = ', and transformers reads it, as a dense model: it knows no experts'
-        else:
-            say = f', in our own format only: {why_not_plain(c)}'
-        if c.n_experts or not plain:
-            save_as = dict(config=asdict(c), model=state, data=model.about)
-            torch.save(save_as, os.path.join(building, 'd2dmoe.pt'))
-        if os.path.isdir(folder):
-            os.rmdir(folder)
-        os.replace(building, folder)
-    except OSError as error:
+        torch.save(dict(config=asdict(c), model=state, data=model.about),
+                   os.path.join(folder, 'd2dmoe.pt'))
+    except (OSError, RuntimeError) as error:
         raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return f'{folder}: load() reads it with its routing{say}'
 
 
 def export_plain(model, folder):
     """The folder's part for transformers: config.json, model.safetensors, the tokenizer."""
-    c, t = model.config, need_transformers()
-    kind, prefix = published_class(c)
-    names = KEYS['gpt2' if c.causal else 'bert']
-    j = kind.config_class(**{theirs: getattr(c, ours) for ours, theirs in names.items()})
-    act = 'gelu_new' if c.activation == 'gelu_tanh' else c.activation
-    setattr(j, names['activation'], act)
+    c, (kind, prefix) = model.config, published_class(model.config)
+    keys = KEYS['gpt2' if c.causal else 'bert']
+    j = kind.config_class(**{theirs: getattr(c, ours) for ours, theirs in keys.items()})
+    setattr(j, keys['activation'], dict(gelu_tanh='gelu_new').get(c.activation, c.activation))
     if c.causal and c.vocab_size <= 50256:                       # GPT-2's default is beyond it
         j.bos_token_id = j.eos_token_id = None
     if c.head == 'cls':
         labels = model.about.get('classes') or [f'LABEL_{i}' for i in range(c.n_classes)]
         j.id2label = dict(enumerate(labels))
         j.label2id = {label: i for i, label in enumerate(labels)}
-    own = model.state_dict()
-    tensors = {}
+    own, tensors = model.state_dict(), {}
     for name, ours, turned in published(model):
-        parts = torch.cat([own[our] for our in ours])
-        tensors[name.removeprefix(prefix)] = (parts.T if turned else parts).contiguous()
-    with torch.device('meta'):
-        extra = dict(add_pooling_layer=c.pooler) if kind is t.BertModel else {}
-        theirs = kind(j, **extra)
-    theirs.load_state_dict(tensors, strict=False, assign=True)
-    theirs.tie_weights()
+        whole = torch.cat([own[our] for our in ours])
+        tensors[name.removeprefix(prefix)] = (whole.T if turned else whole).contiguous()
+    theirs = kind(j) if c.head or c.pooler else kind(j, add_pooling_layer=False)
+    theirs.load_state_dict(tensors, strict=False)
     theirs.save_pretrained(folder)
-    if 'tokenizer_json' in model.about or 'tokenizer_source' in model.about:
+    if model.about.get('tokenizer') == 'wordpiece':
         import tokenizers
-        tokenizer(model.about, c.causal)                         # fills tokenizer_json
-        enc = tokenizers.Tokenizer.from_str(model.about['tokenizer_json'])
-        special = {} if c.causal else dict(
-            unk_token='[UNK]', sep_token='[SEP]', pad_token='[PAD]', cls_token='[CLS]',
-            mask_token='[MASK]')
-        t.PreTrainedTokenizerFast(tokenizer_object=enc, **special).save_pretrained(folder)
+        enc = tokenizers.Tokenizer.from_str(tokenizer(model.about, c.causal).json)
+        special = dict(unk='[UNK]', sep='[SEP]', pad='[PAD]', cls='[CLS]', mask='[MASK]')
+        special = {} if c.causal else {f'{key}_token': token for key, token in special.items()}
+        fast = transformers().PreTrainedTokenizerFast(tokenizer_object=enc, **special)
+        fast.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Group the neurons of every MLP into experts of equal size, and sort the weights in place.
 
 Neurons that fire together should live together, so that a token finds what it needs in few experts.
-The paper (and MoEfication before it) clusters the L2-normalised rows of W_in under a size constraint:
+The paper (and MoEfication before it) clusters the L2-normalised rows of W_in at equal sizes:
 
     minimise  J = sum over neurons i of |x_i - c_k(i)|^2,  c_k the mean of cluster k, sizes given
 
@@ -32,7 +32,8 @@ from model import BadInput
 def expert_sizes(n_hidden, n_experts):
     """Sizes as equal as they get, the larger ones first: they sum to n_hidden."""
     if not 1 <= n_experts <= n_hidden:
-        raise BadInput(f'--n_experts={n_experts}: must be between 1 and the {n_hidden} neurons of an MLP')
+        raise BadInput(f'--n_experts={n_experts}: must be between 1 and the {n_hidden} neurons of '
+                       'an MLP')
     small, larger = divmod(n_hidden, n_experts)
     return torch.tensor([small + 1] * larger + [small] * (n_experts - larger))
 
@@ -47,7 +48,7 @@ def objective(x, cluster, n_experts):
 def balanced_assignment(affinity, sizes):
     """Greedy assignment to clusters of given sizes: affinity (H, E) -> cluster (H,).
 
-    In rounds: everyone still free applies to the best cluster with room, and each cluster keeps the best.
+    In rounds: everyone still free applies to the best cluster with room, which keeps the best.
     """
     H, E = affinity.shape
     room, cluster = sizes.clone(), torch.full((H,), -1)
@@ -55,7 +56,8 @@ def balanced_assignment(affinity, sizes):
     while len(free):
         value, wish = affinity[free].masked_fill(room == 0, -float('inf')).max(1)
         order = value.argsort(descending=True, stable=True)
-        order = order[wish[order].argsort(stable=True)]          # by cluster, the best applicant first
+        # by cluster, the best applicant first
+        order = order[wish[order].argsort(stable=True)]
         applied = wish[order].bincount(minlength=E)
         rank = torch.arange(len(order)) - (applied.cumsum(0) - applied)[wish[order]]
         taken = order[rank < room[wish[order]]]
@@ -66,18 +68,20 @@ def balanced_assignment(affinity, sizes):
 
 
 def swap_until_optimal(x, cluster, sizes):
-    """Swap pairs of neurons until none lowers J: best pairs first, at most one swap a cluster and round."""
+    """Swap pairs of neurons until none lowers J: best pairs first, one swap a cluster and round."""
     inverse = 1.0 / sizes.float()
     squares = x.square().sum(1)
-    distance = torch.addmm(squares[:, None] + squares, x, x.T, alpha=-2)                # |x_i - x_j|^2  (H, H)
+    # |x_i - x_j|^2
+    distance = torch.addmm(squares[:, None] + squares, x, x.T, alpha=-2)                # (H, H)
     sums = x.new_zeros(len(sizes), x.shape[1]).index_add_(0, cluster, x)
     best, partner = x.new_zeros(len(x)), torch.zeros(len(x), dtype=torch.long)
 
     def best_swaps(rows, columns):
-        """For each of `rows` the best partner among `columns`, and by how much the swap lowers J / 2."""
+        """For each of `rows` the best partner among `columns`, and how much that lowers J / 2."""
         gains, partners = [], []
         half = 0.5 * inverse[cluster]
-        for i in rows.split(256):                                # a block of the (H, H) pairs stays in cache
+        # a block of the (H, H) pairs stays in cache
+        for i in rows.split(256):
             gain = distance[i].index_select(1, columns).mul_(half[i][:, None] + half[columns])
             gain += near.T.index_select(0, cluster[i]).index_select(1, columns)
             gain += near[i].index_select(1, cluster[columns])
@@ -88,21 +92,25 @@ def swap_until_optimal(x, cluster, sizes):
         return torch.cat(gains), torch.cat(partners)
 
     everyone = torch.arange(len(x))
-    changed = torch.ones(len(sizes), dtype=torch.bool)           # clusters that the last round touched
+    # clusters that the last round touched
+    changed = torch.ones(len(sizes), dtype=torch.bool)
     while changed.any():
         near = (x @ sums.T) * inverse                            # x_i . S_k / n_k  (H, E)
         own = near[everyone, cluster]
         moved = changed[cluster]
-        stale = moved | changed[cluster[partner]]                # all their pairs must be looked at again
+        # all their pairs must be looked at again
+        stale = moved | changed[cluster[partner]]
         best[stale], partner[stale] = best_swaps(everyone[stale], everyone)
-        if not stale.all():                                      # of the others, only pairs with what moved
+        if not stale.all():                 # of the others, only pairs with what moved
             value, at = best_swaps(everyone[~stale], everyone[moved])
             better = value > best[~stale]
             rows = everyone[~stale][better]
             best[rows], partner[rows] = value[better], at[better]
         changed = torch.zeros_like(changed)
-        promising = best.argsort(descending=True)[:(best > 1e-6).sum()]                 # above rounding
-        pairs = torch.stack([promising, partner[promising], cluster[promising], cluster[partner[promising]]])
+        # above rounding
+        first = best.argsort(descending=True)[:(best > 1e-6).sum()]
+        second = partner[first]
+        pairs = torch.stack([first, second, cluster[first], cluster[second]])
         touched = set()
         for i, j, a, b in pairs.T.tolist():
             if a not in touched and b not in touched:
@@ -115,14 +123,15 @@ def swap_until_optimal(x, cluster, sizes):
 
 
 def balanced_kmeans(x, n_experts, seed=0, iterations=20):
-    """Clusters of (nearly) equal size, locally optimal under swaps: x (H, D) -> cluster (H,). Deterministic."""
+    """Clusters of (nearly) equal size, locally optimal under swaps: x (H, D) -> cluster (H,)."""
     x = x.detach().float().cpu()
     sizes = expert_sizes(len(x), n_experts)
     generator = torch.Generator().manual_seed(seed)
     centres = x[torch.randperm(len(x), generator=generator)[:n_experts]]
     best, best_j = None, float('inf')
     for _ in range(iterations):
-        affinity = x @ centres.T - 0.5 * centres.square().sum(1)  # the nearest centre has the largest
+        # the nearest centre has the largest
+        affinity = x @ centres.T - 0.5 * centres.square().sum(1)
         cluster = balanced_assignment(affinity, sizes)
         j = objective(x, cluster, n_experts)
         if j >= best_j:

@@ -36,8 +36,10 @@ from kernel import ACTIVATIONS, linear
 # -------------------------------------------------------------------------------------- rules
 
 # the values of tau that an evaluation tries, by rule
-GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3), threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5), cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
+GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
+            threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+            cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
 FLOOR = 0.1                                 # of dynk, where nobody says otherwise
 
 

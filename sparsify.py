@@ -20,7 +20,7 @@ of its inputs,
 
     loss = |MLP(x) - (W x + b)|^2 / |W x + b|^2 + 1e-3 * progress * hoyer
 
-relative to the original's size, so that one weight of the penalty suits all (the authors: plain MSE).
+relative to the original's size, so that one weight of the penalty suits all (the authors: MSE).
 
     python sparsify.py out/base.pt out/sparse.pt --sparsity_weight=1e-3
     python sparsify.py out/base.pt out/attn.pt --attn_projections=qkvo
@@ -38,7 +38,7 @@ import torch.nn as nn
 from model import MLP, projection_width
 
 DELTA = -10.0
-PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty while projections are distilled, at the end
+PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty at the end of distillation
 
 
 def sparsity(kind, t):
@@ -163,7 +163,8 @@ class Distil:
         model.config.projections = names
         # in the order in which a forward pass meets them
         self.students = {f'{i}.{name}': getattr(block.attn, name)
-                         for i, block in enumerate(model.blocks) for name in 'qkvo' if name in names}
+                         for i, block in enumerate(model.blocks)
+                         for name in 'qkvo' if name in names}
 
     def parameters(self, model):
         return [p for student in self.students.values() for p in student.parameters()]

@@ -54,8 +54,9 @@ import numpy as np
 import torch
 
 import bench
-from model import (BadInput, Config, Transformer, build, export, file_hash, load, n_tokens, pad,
-                   published_config, read_checkpoint, reason, save, tokenizer, write_atomically)
+from model import (BadInput, Config, Texts, Transformer, build, export, file_hash, load,
+                   load_config, n_tokens, pad, read_checkpoint, reason, save, tokenizer,
+                   write_atomically)
 from moefy import Moefy
 from router import GRID, FLOOR, ROUTERS, Route
 from sparsify import Distil, Sparsify
@@ -102,7 +103,7 @@ class Use:
 class Base:
     """A dense model, from random weights or from --init_from."""
     reads, writes = (), 'base'
-    data: str = 'stdlib'            # gpt: stdlib, a text, a folder of texts or .bin; bert: stdlib, .tsv, .jsonl
+    data: str = 'stdlib'            # a text, a folder of texts or of .bin; bert: a .tsv or .jsonl
     val: str = ''                   # bert: the dev file; empty: every 10th line of --data
     tokenizer: Literal['bytes', 'gpt2', 'wordpiece'] = 'bytes'   # wordpiece is init_from's own
     arch: Literal['gpt', 'bert'] = 'gpt'    # gpt predicts the next token, bert a text's label
@@ -116,15 +117,15 @@ class Base:
     steps: int = 400
     lr: float = 2e-3                # cosine to a tenth, warm-up over 5 %
 
-    def create(self, corpus):
-        c, n_classes = self, len(corpus.about.get('classes', ()))
+    def create(self, about):
+        c, n_classes = self, len(about.get('classes', ()))
         if self.init_from:
-            return adopted(self, corpus.about)
+            return adopted(self, about)
         bert = dict(causal=False, pre_ln=False, n_types=2, head='cls', n_classes=n_classes,
                     pooler=True, ln_eps=1e-12) if self.arch == 'bert' else {}
         return Transformer(Config(
             n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=4 * c.n_embd,
-            block_size=c.block_size, vocab_size=corpus.about['vocab'], activation=c.activation,
+            block_size=c.block_size, vocab_size=about['vocab'], activation=c.activation,
             dropout=c.dropout, **bert))
 
     def prepare(self, model, batches):
@@ -219,7 +220,7 @@ def cast(name, value, hint):
 
 
 def parse(argv):
-    """`--key=value` arguments, those of a preset among them -> {option: value} of what was typed."""
+    """`--key=value` arguments, a preset's among them -> {option: value} of what was typed."""
     known, typed = all_options(), {}
     for arg in argv:
         key, eq, value = arg.partition('=')
@@ -234,8 +235,27 @@ def parse(argv):
     if typed.get('preset') and typed['preset'] not in PRESETS:
         raise BadInput(f'--preset={typed["preset"]}: must be one of {", ".join(PRESETS)}')
     typed = PRESETS.get(typed.get('preset'), {}) | typed
+    typed |= implied(typed)
     check(typed)
     return typed
+
+
+def implied(typed):
+    """What --data and --init_from say of --arch and --tokenizer, where these are not typed."""
+    source, out = typed.get('init_from'), {}
+    if source and not {'arch', 'tokenizer'} <= typed.keys():
+        if os.path.isfile(source):
+            data = read_checkpoint(source)
+            causal = data['config']['causal']
+            name = (data.get('data') or {}).get('tokenizer', 'bytes')
+        else:
+            c = load_config(source)
+            causal, name = c.causal, 'gpt2' if c.causal else 'wordpiece'
+            name = 'bytes' if c.vocab_size == 256 else name
+        out = dict(arch='gpt' if causal else 'bert', tokenizer=name)
+    elif str(typed.get('data')).endswith(('.tsv', '.jsonl')):
+        out = dict(arch='bert')
+    return {name: value for name, value in out.items() if name not in typed}
 
 
 def with_defaults(typed):
@@ -263,6 +283,17 @@ def check(typed):
     unused = [name for name in typed if name not in used and typed.get('preset') is None]
     if unused:
         raise BadInput(f'--{unused[0]}: --phase={o.phase} does not use it; leave it out')
+    labelled = o.data.endswith(('.tsv', '.jsonl'))
+    if labelled != (o.arch == 'bert') and o.data != 'stdlib' or o.val and not labelled:
+        raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts (and '
+                       'their --val), a .tsv or .jsonl file')
+    if o.tokenizer == ('gpt2' if o.arch == 'bert' else 'wordpiece') or \
+            o.tokenizer == 'wordpiece' and not o.init_from:
+        raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from '
+                       '--init_from')
+    sizes = {'n_layer', 'n_head', 'n_embd', 'activation'} & typed.keys()
+    if o.init_from and sizes:
+        raise BadInput(f'--{min(sizes)}: --init_from={o.init_from} brings its own; leave it out')
     if {'n_experts', 'expert_size'} <= typed.keys() and o.expert_size:
         raise BadInput(f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
     if not o.init_from and max(o.expert_size, 0 if o.expert_size else o.n_experts) > 4 * o.n_embd:
@@ -294,32 +325,26 @@ def print_help():
 # -------------------------------------------------------------------------------------- data
 
 class Rows(NamedTuple):
-    """Labelled texts in one array: rows.text(i), cut to `block_size`, is of class rows.classes[i]."""
+    """Labelled texts in one array: text(i), cut to `block_size`, is of class classes[i]."""
     tokens: np.ndarray
     ends: np.ndarray
     classes: np.ndarray
     block_size: int
-    closing: int                            # tokens that close a text
-
-    def __len__(self):
-        return len(self.ends)
+    closing: int                            # tokens that close a text and survive the cut
 
     def lengths(self):                      # before the cut
         return np.diff(self.ends, prepend=0)
 
     def text(self, i):
-        tokens = self.tokens[self.ends[i - 1] if i else 0:self.ends[i]]
-        if len(tokens) > self.block_size:
-            kept = self.block_size - self.closing
-            tokens = np.concatenate([tokens[:kept], tokens[len(tokens) - self.closing:]])
-        return tokens.astype(np.int64)
+        tokens = self.tokens[self.ends[i - 1] if i else 0:self.ends[i]].astype(np.int64)
+        return Texts.cut(self, tokens, self.block_size)
 
 
 class Corpus(NamedTuple):
     """Tokens, mapped into memory, or Rows of labelled texts; and where they came from."""
     train: np.ndarray
     val: np.ndarray
-    about: dict                             # source, hash, tokenizer, vocab, classes ...
+    about: dict                             # source, hash, tokenizer, vocab, perhaps classes
 
 
 STDLIB = sysconfig.get_paths()['stdlib']
@@ -329,15 +354,12 @@ def text_files(source):
     """The files behind --data, in a fixed order."""
     if source == 'stdlib':
         left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
-        found = [os.path.join(d, f) for d, _, names in os.walk(STDLIB) for f in names
-                 if f.endswith('.py')
-                 and not left_out & set(os.path.relpath(d, STDLIB).split(os.sep))]
-    elif os.path.isdir(source):
-        found = [os.path.join(d, f) for d, _, names in os.walk(source) for f in names
-                 if not f.startswith('.')]
-        found = [f for f in found if b'\0' not in open(f, 'rb').read(8192)]             # text only
+        found = glob.glob(os.path.join(glob.escape(STDLIB), '**', '*.py'), recursive=True)
+        found = [f for f in found
+                 if not left_out & set(os.path.relpath(f, STDLIB).split(os.sep)[:-1])]
     else:
-        found = [source] if os.path.isfile(source) else []
+        found = [source, *glob.glob(os.path.join(glob.escape(source), '**', '*'), recursive=True)]
+        found = [f for f in found if os.path.isfile(f) and b'\0' not in open(f, 'rb').read(8192)]
     return sorted(found)
 
 
@@ -353,14 +375,20 @@ def content_hash(files):
 def open_corpus(o, folder):
     """--data as tokens, encoded once into folder/data.pt, where they are found again even if the
     source is gone. A source that changed stops the run, unless --overwrite=1 encodes it anew."""
+    bins = [os.path.join(o.data, name) for name in ('train.bin', 'val.bin')]
+    if os.path.isfile(bins[0]):             # nanoGPT's folder, used where it is
+        if not all(os.path.isfile(f) and os.path.getsize(f) for f in bins):
+            raise BadInput(f'--data={o.data}: needs both train.bin and val.bin')
+        about = dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(bins),
+                     vocab=256 if o.tokenizer == 'bytes' else 50257)
+        return as_corpus(o, dict(about=about, **{name: np.memmap(f, np.uint16, 'r') for name, f
+                                                 in zip(('train', 'val'), bins)}))
     wanted, path = [o.data, o.val, o.tokenizer, o.arch], os.path.join(folder, 'data.pt')
-    if os.path.isfile(os.path.join(o.data, 'train.bin')):        # nanoGPT's, used where it is
-        return open_bins(o)
-    files = text_files(o.data) + text_files(o.val)
     known = torch.load(path, mmap=True, weights_only=True) if os.path.isfile(path) else {}
+    files = text_files(o.data) + (text_files(o.val) if o.val else [])
     if known.get('wanted') != wanted:
         known = {}
-    elif files and content_hash(files) != known['about']['hash']:
+    if known and files and content_hash(files) != known['about']['hash']:
         if not o.overwrite:
             raise BadInput(f'--data={o.data}: changed since it was encoded into {path}; bring it '
                            'back, use another --out_dir, or start again with --phase=all '
@@ -372,56 +400,47 @@ def open_corpus(o, folder):
         make_folder(folder)
         known = encode(o, files) | dict(wanted=wanted)
         write_atomically(path, lambda temporary: torch.save(known, temporary))
-    about, parts = known['about'], [known['train'].numpy(), known['val'].numpy()]
+    arrays = {name: t.numpy() for name, t in known.items() if torch.is_tensor(t)}
+    return as_corpus(o, known | arrays)
+
+
+def as_corpus(o, known):
+    """What open_corpus found, checked against the options, and one line about it."""
+    about, parts = known['about'], [known['train'], known['val']]
     if 'classes' in about:
-        parts = [Rows(part, known[f'{name}_ends'].numpy(), known[f'{name}_classes'].numpy(),
-                      o.block_size, about['closing']) for name, part in zip(('train', 'val'), parts)]
+        parts = [Rows(known[name], known[f'{name}_ends'], known[f'{name}_classes'], o.block_size,
+                      about['closing']) for name in ('train', 'val')]
         cut = sum(int((rows.lengths() > o.block_size).sum()) for rows in parts)
-        print(f'data: {about["source"]}: {len(parts[0]):,} texts of {len(about["classes"])} '
-              f'classes to train on, {len(parts[1]):,} held out'
-              + (f'; {cut:,} longer than --block_size={o.block_size} are cut' if cut else ''))
-        return Corpus(*parts, about)
-    return token_corpus(o, *parts, about)
-
-
-def open_bins(o):
-    """nanoGPT's folder: uint16 tokens in train.bin and val.bin, mapped into memory."""
-    files = [os.path.join(o.data, name) for name in ('train.bin', 'val.bin')]
-    if not all(os.path.isfile(f) and os.path.getsize(f) for f in files):
-        raise BadInput(f'--data={o.data}: needs both train.bin and val.bin')
-    about = dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(files),
-                 vocab=256 if o.tokenizer == 'bytes' else 50257)
-    return token_corpus(o, *(np.memmap(f, np.uint16, 'r') for f in files), about)
-
-
-def token_corpus(o, train, val, about):
-    for name, tokens in dict(train=train, val=val).items():
-        if len(tokens) <= o.block_size:
-            raise BadInput(f'--data={o.data}: {len(tokens)} tokens to {name} are too few for '
-                           f'--block_size={o.block_size}')
-        top = int(tokens[:10_000_000].max())
-        if top >= about['vocab']:
-            raise BadInput(f'--data={o.data}: token {top} is beyond the {about["vocab"]} of '
-                           f'--tokenizer={o.tokenizer}')
-    print(f'data: {about["source"]}: {len(train):,} tokens to train on, {len(val):,} held out')
-    return Corpus(train, val, about)
+        say = f'{len(parts[0].ends):,} texts of {len(about["classes"])} classes to train on, ' \
+              f'{len(parts[1].ends):,} held out'
+        say += f'; {cut:,} longer than --block_size={o.block_size} are cut' if cut else ''
+    else:
+        say = f'{len(parts[0]):,} tokens to train on, {len(parts[1]):,} held out'
+        for name, tokens in zip(('train on', 'evaluate with'), parts):
+            if len(tokens) <= o.block_size:
+                raise BadInput(f'--data={o.data}: {len(tokens)} tokens to {name} are too few for '
+                               f'--block_size={o.block_size}')
+            if tokens.max() >= about['vocab']:
+                raise BadInput(f'--data={o.data}: token {tokens.max()} is beyond the '
+                               f'{about["vocab"]} of --tokenizer={o.tokenizer}')
+    print(f'data: {about["source"]}: {say}')
+    return Corpus(*parts, about)
 
 
 def encode(o, files):
-    """The tokens of all files, as open_corpus keeps them."""
+    """The tokens of all files and what there is to know about them, as open_corpus keeps them."""
     about = dict(source=o.data, tokenizer=o.tokenizer, tokenizer_source=o.init_from,
                  hash=content_hash(files), n_files=len(files))
     if o.data == 'stdlib':
         about['source'] = f"Python {platform.python_version()}'s standard library"
     texts = tokenizer(about, o.arch == 'gpt')
-    about['vocab'] = texts.vocab_size
+    about |= dict(vocab=texts.vocab_size) | (dict(tokenizer_json=texts.json) if texts.json else {})
     kind = np.uint16 if texts.vocab_size <= 1 << 16 else np.uint32
     if o.arch == 'bert':
         return encode_labelled(o, texts, kind, about)
     everything = b'\n'.join(open(path, 'rb').read() for path in files)
     # every 20th chunk is held out, so that the held-out part is spread over all of it
-    size = max(1, min(65536, len(everything) // 40))
-    parts = dict(train=[], val=[])
+    size, parts = max(1, min(65536, len(everything) // 40)), dict(train=[], val=[])
     for i, start in enumerate(range(0, len(everything), size)):
         chunk = everything[start:start + size]
         tokens = np.frombuffer(chunk, np.uint8) if o.tokenizer == 'bytes' else \
@@ -434,22 +453,20 @@ def encode(o, files):
 def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (label and text)."""
     rows, broken, is_json = [], 0, path.endswith('.jsonl')
-    with open(path, 'rb') as f:
-        for n, raw in enumerate(f, 1):
-            line = raw.decode('utf-8', 'replace').removeprefix('\ufeff').rstrip('\r\n')
-            broken += '\ufffd' in line and '\ufffd'.encode() not in raw
-            try:
-                row = json.loads(line) if is_json else \
-                    dict(zip(('label', 'text'), line.split('\t', 1)))
-                # JSON can spell half a character (a lone surrogate), which nothing can encode
-                label, text = (t.encode('utf-8', 'replace').decode()
-                               for t in (str(row['label']), row['text']))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                form = '{"label": ..., "text": ...}' if is_json else 'label<TAB>text'
-                raise BadInput(f'{path}, line {n}: is not of the form {form}') from None
-            if not text.strip():
-                raise BadInput(f'{path}, line {n}: its text is empty')
-            rows.append((label, text))
+    for n, raw in enumerate(open(path, 'rb'), 1):
+        line = raw.decode('utf-8', 'replace').removeprefix('\ufeff').rstrip('\r\n')
+        broken += '\ufffd' in line and '\ufffd'.encode() not in raw
+        try:
+            row = json.loads(line) if is_json else dict(zip(('label', 'text'), line.split('\t', 1)))
+            # JSON can spell half a character (a lone surrogate), which nothing can encode
+            label, text = (t.encode('utf-8', 'replace').decode()
+                           for t in (str(row['label']), row['text']))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            form = '{"label": ..., "text": ...}' if is_json else 'label<TAB>text'
+            raise BadInput(f'{path}, line {n}: is not of the form {form}') from None
+        if not text.strip():
+            raise BadInput(f'{path}, line {n}: its text is empty')
+        rows.append((label, text))
     if broken:
         print(f'{path}: {broken:,} lines have bytes that are no UTF-8: replaced by \ufffd')
     return rows
@@ -461,7 +478,8 @@ def stdlib_snippets(size):
     for path in text_files('stdlib'):
         top, _, inside = os.path.relpath(path, STDLIB).partition(os.sep)
         if inside:
-            packages[top] = packages.get(top, '') + open(path, encoding='utf-8').read()
+            text = open(path, encoding='utf-8', errors='replace').read()
+            packages[top] = packages.get(top, '') + text
     largest = sorted(sorted(packages, key=lambda top: -len(packages[top]))[:8])
     return [(top, packages[top][i:i + rng.integers(size // 4, size) + 1])
             for top in largest for i in range(0, len(packages[top]), size)]
@@ -502,7 +520,7 @@ def get_batch(corpus, o, device, step, phase):
     """Batch number `step` of a phase: depends on nothing but seed, the phase's name and step."""
     rng = np.random.default_rng([o.seed, zlib.crc32(phase.encode()), step])
     if 'classes' in corpus.about:           # one of 16 batches of texts of like lengths
-        pool = rng.integers(0, len(corpus.train), 16 * o.batch_size)
+        pool = rng.integers(0, len(corpus.train.ends), 16 * o.batch_size)
         pool = by_length(corpus.train, pool).reshape(16, -1)
         return text_batch(corpus.train, pool[rng.integers(16)], device)
     at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
@@ -513,8 +531,9 @@ def held_out(corpus, o, device):
     """eval_batches x batch_size held-out sequences, evenly spread; texts by length."""
     n = o.eval_batches * o.batch_size
     if 'classes' in corpus.about:
-        n = min(n, len(corpus.val))
-        at = by_length(corpus.val, np.linspace(0, len(corpus.val) - 1, n).astype(int))
+        n_val = len(corpus.val.ends)
+        n = min(n, n_val)
+        at = by_length(corpus.val, np.linspace(0, n_val - 1, n).astype(int))
         parts = np.array_split(at, max(min(n, 2), math.ceil(n / o.batch_size)))
         return [text_batch(corpus.val, part, device) for part in parts]
     n = min(n, max(1, (len(corpus.val) - 1) // o.block_size))
@@ -568,37 +587,50 @@ def finished(path):
 
 def siblings(folder):
     """{path: checkpoint} of all that phases wrote into a folder, in the order of PHASES."""
-    found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.pt'))):
+    found, rank = {}, list(PHASES)
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.pt')):
         with contextlib.suppress(BadInput):
             found[path] = read_phase(path)
-    rank = list(PHASES)
     known = [path for path in found if found[path]['phase'] in rank]
-    return {path: found[path] for path in sorted(
-        known, key=lambda path: (rank.index(found[path]['phase']), len(path)))}
+    known.sort(key=lambda path: (rank.index(found[path]['phase']), len(path), path))
+    return {path: found[path] for path in known}
 
 
-def file_of(name, value, folder):
-    """Where a phase's checkpoint is, or belongs; with `each`, the one that was made with value."""
+def places(name, value, folder):
+    """(what a phase reads, what it writes) in a folder; with `each`, what was made with value."""
     cls = PHASES[name]
+    sources = [os.path.join(folder, f'{stem}.pt') for stem in cls.reads]
+    source = next(filter(os.path.isfile, sources), sources[-1] if sources else '')
     path = os.path.join(folder, f'{cls.writes}.pt')
-    if value is None:
-        return path
-    for other, data in siblings(folder).items():
+    for other, data in siblings(folder).items() if value else ():
         if data['phase'] == name and data['options'][cls.each] == value:
-            return other
-    return os.path.join(folder, f'{cls.writes}-{value}.pt') if os.path.exists(path) else path
+            return source, other
+    if value and os.path.exists(path):
+        path = os.path.join(folder, f'{cls.writes}-{value}.pt')
+    return source, path
 
 
-def settle(name, typed, value, source, path):
-    """(options, parent, own): what a phase runs with, what it starts from, and its own checkpoint
-    as far as it stands. An option is what was typed, what its own checkpoint, the parent or the
-    others in the folder say, or the default, in this order. BadInput where that cannot be."""
-    cls, own_names = PHASES[name], {*own_options(name), *LOOP}
+class Job(NamedTuple):
+    """A phase and all that its run depends on, found to fit together."""
+    name: str
+    o: SimpleNamespace
+    source: str
+    path: str
+    parent: dict                            # what it starts from, or None
+    own: dict                               # its own checkpoint as far as it stands, or None
+
+
+def resolve(name, typed, value, source, path):
+    """The Job. An option is what was typed, what its own checkpoint, the parent or the others of
+    the folder say, or the default, in this order. BadInput where things do not fit."""
+    cls, mine = PHASES[name], {*own_options(name), *LOOP}
+    if cls.reads and not os.path.isfile(source):
+        maker = next(other for other, c in PHASES.items() if c.writes == cls.reads[-1])
+        raise BadInput(f'--phase={name} needs {source}: make it with python train.py '
+                       f'--phase={maker} --out_dir={os.path.dirname(source)}')
     parent = finished(source) if cls.reads else None
-    if parent and not any(PHASES.get(parent['phase']) is c for c in PHASES.values()
-                          if c.writes in cls.reads):
-        raise BadInput(f'{source} is a checkpoint of phase {parent["phase"]}; --phase={name} needs '
+    if parent and PHASES[parent['phase']].writes not in cls.reads:
+        raise BadInput(f'{source} is a checkpoint of phase {parent["phase"]}, --phase={name} needs '
                        f'one of {" or ".join(cls.reads)}')
     own = read_phase(path) if os.path.exists(path) else None
     if own and own['phase'] != name:
@@ -607,81 +639,67 @@ def settle(name, typed, value, source, path):
     for data in (*reversed(siblings(os.path.dirname(path) or '.').values()), parent, own):
         values |= data['options'] if data else {}
     values |= typed | ({cls.each: value} if value else {})
-    for data, where in ((parent, source), (own, path)):
-        for option, had in data['options'].items() if data else ():
-            if values[option] == had or data is parent and option in own_names:
-                continue
-            if data is own and typed.get('overwrite'):
-                print(f'{name}: --{option} changed from {had} to {values[option]}: again')
-                own = None
-                break
-            raise BadInput(f'--{option}={values[option]}: {where} was made with {had}; leave the '
-                           'option out, use another --out_dir, or run it again with --overwrite=1'
-                           + (' --phase=all' if data is parent else ''))
+    for option, had in parent['options'].items() if parent else ():
+        if values[option] != had and option not in mine:
+            raise BadInput(f'--{option}={values[option]}: {source} was made with {had}; leave the '
+                           'option out, use another --out_dir, or start again with --phase=all '
+                           '--overwrite=1')
+    changed = [f'--{option}={values[option]}: {path} was made with {had}'
+               for option, had in (own['options'].items() if own else ()) if values[option] != had]
     if own and cls.reads and own['parent'] != file_hash(source):
-        if not typed.get('overwrite'):
-            raise BadInput(f'{path} was made from another {source}; --overwrite=1 makes it again')
-        print(f'{name}: {source} changed: again')
+        changed.append(f'{path} was made from another {source}')
+    if changed and not typed.get('overwrite'):
+        raise BadInput(f'{changed[0]}; leave the option out, use another --out_dir, or run the '
+                       'phase again with --overwrite=1')
+    if changed:
+        print(f'{name:8s} {changed[0]}: again')
         own = None
-    return SimpleNamespace(**values), parent, own
+    return Job(name, SimpleNamespace(**values), source, path, parent, own)
 
 
 def run_phase(name, typed, value=None, source=None, path=None):
     """Bring one phase to its end, from nothing or from where it was stopped."""
-    cls, o = PHASES[name], with_defaults(typed)
-    path = path or file_of(name, value, o.out_dir)
-    candidates = [os.path.join(o.out_dir, f'{writes}.pt') for writes in cls.reads]
-    source = source or next(filter(os.path.isfile, candidates), candidates[-1] if candidates else '')
-    if cls.reads and not os.path.isfile(source):
-        maker = next(other for other, c in PHASES.items() if c.writes == cls.reads[-1])
-        raise BadInput(f'--phase={name} needs {source}: make it with python train.py '
-                       f'--phase={maker} --out_dir={o.out_dir}')
-    o, parent, own = settle(name, typed, value, source, path)
-    mine = own_options(name)
-    if cls is Dense:
-        phase = Dense()
-    else:
-        phase = cls(**{field: getattr(o, option) for option, (field, _, _) in mine.items()})
+    places_here = places(name, value, with_defaults(typed).out_dir)
+    job = resolve(name, typed, value, source or places_here[0], path or places_here[1])
+    o, parent, own, cls = job.o, job.parent, job.own, PHASES[name]
+    options = own_options(name)
+    phase = cls() if cls is Dense else cls(
+        **{field: getattr(o, option) for option, (field, _, _) in options.items()})
     phase.seed = o.seed
     if hasattr(phase, 'wanted') and not phase.wanted():
         return
-    learns = f'{getattr(cls, "like", name)}_steps' in mine
-    device, corpus = pick_device(o), None
-    if learns:
-        corpus = open_corpus(o, os.path.dirname(source or path) or '.')
-        known = (parent or own or {}).get('data') or corpus.about
-        if known['hash'] != corpus.about['hash']:
+    like = getattr(cls, 'like', name)
+    steps, device, corpus = getattr(o, f'{like}_steps', 0), pick_device(o), None
+    if steps or not parent:
+        corpus = open_corpus(o, os.path.dirname(job.source or job.path) or '.')
+        learned = (parent or own or {}).get('data') or corpus.about
+        if learned['hash'] != corpus.about['hash']:
             if parent or not o.overwrite:
-                raise BadInput(f'{source or path} learned from another --data={o.data}; bring that '
-                               'back, or start again with --phase=all --overwrite=1')
+                raise BadInput(f'{job.source or job.path} learned from another --data={o.data}; '
+                               'bring that back, or start again with --phase=all --overwrite=1')
             own = None
     if own and own['step'] == own['steps'] and not (o.overwrite and typed.get('phase') == name):
-        return print(f'{name:8s} done ({path})')
+        return print(f'{name:8s} done ({job.path})')
     own = own if own and own['step'] < own['steps'] else None
-    make_folder(os.path.dirname(path) or '.')
+    make_folder(os.path.dirname(job.path) or '.')
     torch.manual_seed(o.seed)
-    model = (build(parent, source) if parent else phase.create(corpus)).to(device)
-    batches = (get_batch(corpus, o, device, i, name) for i in itertools.count()) if corpus else ()
+    model = (build(parent, job.source) if parent else phase.create(corpus.about)).to(device)
+    batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
     notes = phase.prepare(model, batches) or {}
-    model.to(device)
-    steps = getattr(o, f'{getattr(cls, "like", name)}_steps') if learns else 0
-    options = {option: getattr(o, option) for option in (*LOOP, *mine)}
+    made_with = {option: getattr(o, option) for option in (*LOOP, *options)}
     if not parent:                          # --init_from brings sizes of its own
-        options |= {f: getattr(phase, f) for f in asdict(phase) if f in options}
-    record = dict(phase=name, steps=steps, options={**(parent or {}).get('options', {}), **options},
-                  parent=file_hash(source) if parent else None, metrics=notes,
-                  data=(parent or {}).get('data') or corpus.about)
+        made_with |= {f: value for f, value in asdict(phase).items() if f in made_with}
+    record = dict(phase=name, steps=steps, metrics=notes, parent=file_hash(job.source) if parent
+                  else None, options={**(parent['options'] if parent else {}), **made_with},
+                  data=parent['data'] if parent else corpus.about)
 
     def keep(step, optimizer=None):
-        save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
+        save(model, job.path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
 
-    if learns:
-        if own:
-            model.load_state_dict(own['model'])
-            print(f'{name:8s} going on at step {own["step"]} of {steps}')
-        learn(phase, name, model, o, corpus, device, steps, keep, own)
-        if hasattr(phase, 'report'):
-            notes |= phase.report(model, held_out(corpus, o, device)[:8])
+    if steps:
+        learn(job._replace(own=own), phase, model.to(device), corpus, device, steps, keep)
+    if hasattr(phase, 'report'):
+        notes |= phase.report(model, held_out(corpus, o, device)[:8])
     keep(steps)
 
 
@@ -701,8 +719,9 @@ def adopted(base, about):
         raise BadInput(f'{have} {c.block_size} positions; use --block_size={c.block_size}')
     base.n_layer, base.n_head, base.n_embd = c.n_layer, c.n_head, c.n_embd
     base.activation = c.activation
-    plain = dict(n_experts=[], n_outputs=[], router_loss='', router_width=0, rule='', tau=0.0,
-                 floor=0.0, dropout=base.dropout)
+    fresh = asdict(Config(dropout=base.dropout))
+    plain = {key: fresh[key] for key in ('n_experts', 'n_outputs', 'router_loss', 'router_width',
+                                         'rule', 'tau', 'floor', 'dropout')}
     state = {k: v for k, v in model.state_dict().items() if '.router.' not in k}
     for name in [k for k in state if k.endswith('.offsets')]:
         state[name] = torch.stack([state[name][0], state[name][-1]])
@@ -726,16 +745,19 @@ def schedule(step, steps):
     return min((step + 1) / max(1, steps // 20), 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def learn(phase, name, model, o, corpus, device, steps, keep, own):
+def learn(job, phase, model, corpus, device, steps, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer) writes a checkpoint."""
+    name, o, own = job.name, job.o, job.own
     model.train()
     parameters = [p.requires_grad_(True) for p in phase.parameters(model)]
-    like = getattr(phase, 'like', name)
-    start, peak = own['step'] if own else 0, getattr(o, f'{like}_lr')
+    rate = f'{getattr(phase, "like", name)}_lr'
+    start, peak = own['step'] if own else 0, getattr(o, rate)
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=o.weight_decay),
               dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device != 'mps')
     if own:
+        print(f'{name:8s} going on at step {start} of {steps}')
+        model.load_state_dict(own['model'])
         torch.set_rng_state(own['rng'])
         if own['optimizer']:
             optimizer.load_state_dict(own['optimizer'])
@@ -761,7 +783,7 @@ def learn(phase, name, model, o, corpus, device, steps, keep, own):
             if not torch.isfinite(loss + norm):                  # before it gets into the weights
                 raise FloatingPointError(
                     f'{name}: at step {step + 1} the loss is {loss.item()}, its gradient '
-                    f'{norm.item()} long; what was saved before stays; a smaller --{like}_lr than '
+                    f'{norm.item()} long; what was saved before stays; a smaller --{rate} than '
                     f'{peak} may help')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
