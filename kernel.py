@@ -130,8 +130,9 @@ def linear(x, weight, bias=None):
     On a CPU that is MKL or oneDNN, timed once per shape class; only under inference_mode, because
     the two round differently and a training run has to repeat bit for bit.
     """
-    serving = x.is_cpu and torch.is_inference_mode_enabled()
-    if not serving or torch.compiler.is_compiling() or not x.numel():
+    # In this order: a compiler cannot trace the question for inference mode.
+    plain = torch.compiler.is_compiling() or not x.is_cpu or not x.numel()
+    if plain or not torch.is_inference_mode_enabled():
         return F.linear(x, weight, bias)
     # From 512 tokens on, the faster one stays it.
     rows = min(x.numel() // x.shape[-1], 512).bit_length()
@@ -167,8 +168,7 @@ def fastest_linear(rows, shape, contiguous, dtype):
     return min(best, key=lambda f: min(best[f][1:]))
 
 
-def neuron_mask(mask, offsets, n_hidden):
-    """(T, E) -> (T, H)"""
+def neuron_mask(mask, offsets, n_hidden):  # (T, E) -> (T, H)
     return mask.repeat_interleave(offsets.diff().long(), -1, output_size=n_hidden)
 
 
@@ -223,14 +223,12 @@ class Layout(NamedTuple):
     mask: Optional[torch.Tensor]       # (B, 1, 1 or L, L) bool, None where none is needed
     causal: bool
 
-    def pad(self, x):
-        """(T, ...) -> (B, L, ...), zeros where there is no token"""
+    def pad(self, x):  # (T, ...) -> (B, L, ...)
         if self.index is not None:
             x = x.new_zeros(self.B * self.L, *x.shape[1:]).index_copy(0, self.index, x)
         return x.view(self.B, self.L, *x.shape[1:])
 
-    def pack(self, x):
-        """(B, L, ...) -> (T, ...)"""
+    def pack(self, x):  # (B, L, ...) -> (T, ...)
         x = x.reshape(self.B * self.L, *x.shape[2:])
         return x if self.index is None else x[self.index]
 
@@ -265,19 +263,16 @@ def attention(q, k, v, layout, cache=None, dropout=0.0):
 
 # ----------------------------------------------------------------------------------------- Triton
 #
-# The work is a list of independent items: (expert, at most SB of its neurons, at most BM of the
-# tokens that run it). One program does an item
+# The work is a list of items: (expert, at most SB of its neurons, at most BM of its tokens).
 #
 #     h          = act(x[tokens] @ w_in[neurons].T + b_in)      (BM, SB), stays in registers
 #     y[tokens] += h @ w_out[neurons]                           atomically, a few columns at a time
 #
-# so no (E, T, D) buffer exists, and neither does (T, H). x and y travel once per item: that traffic
-# bounds small experts. Hence tokens come in chunks whose rows of x and y stay in the L2 cache, all
-# experts of a chunk run before the next chunk starts, and an item takes up to 128 neurons.
-#
-# The mask never travels to the host: `dispatch_kernel` turns it into lists of tokens on the device,
-# and the grid of `expert_kernel` has a fixed size whose programs share out the items they find. So
-# a call can be captured in a CUDA graph and replayed with another mask.
+# x and y travel once per item: that traffic bounds small experts. Hence tokens come in chunks whose
+# rows stay in the L2 cache, all experts of a chunk run before the next chunk starts, and an item
+# takes up to 128 neurons. The mask never travels to the host: `dispatch_kernel` lists the tokens
+# on the device, and a fixed number of programs share out the items they find. So a call can be
+# captured in a CUDA graph and replayed with another mask.
 
 INTERPRET = os.environ.get('TRITON_INTERPRET') == '1'
 
@@ -285,10 +280,9 @@ INTERPRET = os.environ.get('TRITON_INTERPRET') == '1'
 CHUNK_ELEMENTS = 1 << 22
 
 # Tiles (BM tokens, SB neurons, BK and BN columns of D in the two loops, warps, stages), largest
-# first, by target and bytes an element: all on tensor cores without a spill, see
-# assets/gpu_kernels.txt. h in registers limits BM x SB; fp32, three tf32 products of operands twice
-# the size, stops at SB = 64. BN is small where adds are not vectors (sm_80) or an activation needs
-# room beside h (gelu_tanh on sm_90).
+# first, by target and bytes an element: without a spill, see assets/gpu_kernels.txt. h in registers
+# limits BM x SB, in fp32 sooner; BN is small where adds are not vectors (sm_80) or an activation
+# needs room beside h (gelu_tanh on sm_90).
 TILES = {
     ('cuda:80', 2): [(128, 128, 64, 32, 8, 3), (128, 64, 64, 32, 8, 3), (64, 32, 64, 32, 4, 3),
                      (16, 32, 64, 64, 4, 4)],
@@ -323,10 +317,9 @@ def activate(h, ACT: tl.constexpr):
 @jit
 def dispatch_kernel(mask, idx, count, T, E, LEN,
                     CHUNK: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
-    """mask (T, E) -> for each chunk and expert `count` tokens, the first `count` of idx (chunks, E,
-    LEN), numbered within the chunk. A program ranks the tokens of each column of its BT x BE of the
-    mask and reserves that many places in the column's list with one atomic: no sort, no second
-    pass. The order of a list is arbitrary, and nothing depends on it."""
+    """mask (T, E) -> for each chunk and expert `count` tokens, the first `count` of idx (chunks,
+    E, LEN), numbered within the chunk, in any order. A program ranks the tokens of each column of
+    its BT x BE of the mask and reserves as many places in the column's list with one atomic."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     inside = (t < T)[:, None] & (e < E)[None, :]
@@ -451,17 +444,6 @@ def gpu_target(device):
     return target, properties.multi_processor_count, compiler_options(target)
 
 
-def precision(target, dtype):
-    """fp32 on NVIDIA is three tf32 products, as good and on tensor cores. AMD multiplies fp32."""
-    return 'tf32x3' if dtype == torch.float32 and target != 'hip' else 'ieee'
-
-
-def decode_options(D):
-    """About 4096 elements of each matrix a program: 12 KB in flight at D 768 in bf16."""
-    BD = triton.next_power_of_2(D)
-    return dict(BD=BD, NB=max(1, 4096 // BD), num_warps=min(16, max(4, BD // 1024)))
-
-
 def choose_tile(tiles, tokens, E, s, chunks, processors):
     """The largest tile, as it reads the least, that is not mostly padding and keeps half of the
     processors busy, else the smallest; and how many items it makes of E experts of s neurons."""
@@ -492,12 +474,14 @@ def triton_experts(x, mask, bundle, rho=None):
         # One by one, tokens read their weights again (from L2): as long as that is a few times, it
         # is cheaper than to launch the dispatch.
         if T == 1 or (T <= FEW and T * rho <= 4):
-            few = decode_options(D)
-            decode_kernel[T, triton.cdiv(H, few['NB'])](
-                x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT=act, BE=BE, **few, **options)
+            # About 4096 elements of each matrix a program: 12 KB in flight at D 768 in bf16.
+            BD = triton.next_power_of_2(D)
+            NB, num_warps = max(1, 4096 // BD), min(16, max(4, BD // 1024))
+            decode_kernel[T, triton.cdiv(H, NB)](
+                x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT=act, BE=BE, NB=NB, BD=BD,
+                num_warps=num_warps, **options)
             return y.to(x.dtype)
 
-        # a power of two
         CHUNK = max(128, 1 << (CHUNK_ELEMENTS // D).bit_length() - 1)
         chunks, length = triton.cdiv(T, CHUNK), min(triton.cdiv(T, 16) * 16, CHUNK)
         idx = torch.empty(chunks, E, length, dtype=torch.int32, device=x.device)
@@ -509,9 +493,11 @@ def triton_experts(x, mask, bundle, rho=None):
         tiles = TILES[target, x.element_size()]
         tile, items = choose_tile(tiles, tokens, E, s, chunks, processors)
         BM, SB, BK, BN, num_warps, num_stages = tile
+        # fp32 on NVIDIA is three tf32 products, as good and on tensor cores. AMD multiplies fp32.
+        tf32 = x.dtype == torch.float32 and target != 'hip'
         expert_kernel[min(items, 8 * processors), chunks](
             x, w_in, b_in, w_out, offsets, idx, count, y, E, length, D,
-            EVEN=D % max(BK, BN) == 0, ACT=act, PRECISION=precision(target, x.dtype),
+            EVEN=D % max(BK, BN) == 0, ACT=act, PRECISION='tf32x3' if tf32 else 'ieee',
             INTERPRET=INTERPRET, CHUNK=CHUNK, BE=BE, BM=BM, SB=SB, BK=BK, BN=BN,
             num_warps=num_warps, num_stages=num_stages, **options)
     return y.to(x.dtype)
@@ -579,8 +565,8 @@ def library():
             raise OSError(f'no C++ compiler ({", ".join(compilers)}) found')
         return ctypes.CDLL(compile_cpp(cxx))
     except OSError as error:
-        warnings.warn('building the C++ kernel failed: experts run in plain torch, slowly\n'
-                      f'{error}')
+        why = f'building the C++ kernel failed: experts run in plain torch, slowly\n{error}'
+        warnings.warn(why)
 
 
 @torch.compiler.assume_constant_result
@@ -593,10 +579,10 @@ def cpp_experts(x, mask, bundle, rho=None, path=None):
     w_in, b_in, w_out, b_out, offsets, act = bundle
     (T, D), E = x.shape, mask.shape[1]
     assert x.dtype in (torch.float32, torch.bfloat16) and w_in.dtype == w_out.dtype == x.dtype
-    assert mask.dtype == torch.bool and mask.shape[0] == T
-    assert offsets.dtype == torch.int32 and len(offsets) == E + 1
     assert w_in.shape == w_out.shape == (len(w_in), D)
     assert w_in.is_contiguous() and w_out.is_contiguous()
+    assert mask.dtype == torch.bool and offsets.dtype == torch.int32
+    assert len(mask) == T and len(offsets) == E + 1
     x, mask, offsets = x.contiguous(), mask.contiguous(), offsets.contiguous()
     # These names keep the copies alive to the end of the call.
     b_in, b_out = (None if b is None else b.float().contiguous() for b in (b_in, b_out))
@@ -612,9 +598,7 @@ def cpp_experts(x, mask, bundle, rho=None, path=None):
     return y
 
 
-# --------------------------------------------------------------------------- the four and their op
-
-# Each takes (x, mask, bundle, rho).
+# What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
 IMPLS = dict(triton=triton_experts, cpp=cpp_experts, torch=expert_loop, dense=dense_masked)
 
 
@@ -753,6 +737,7 @@ struct Scratch {  // one thread's, for a block of n tokens and groups of at most
     std::vector<int> counts, token;  // (n): how many; the tokens that want an expert
     Scratch(i64 n, i64 D, i64 group)
         : x(n * D), group(group), units(n * group), counts(n), token(n) {}
+    Unit* list(i64 t) { return &units[t * group]; }
 };
 
 // NT tokens x NJ neurons of the first matmul at a time; row: of the first neuron in the group
@@ -780,7 +765,7 @@ static void tiles(X* x, const int* token, int n, const W* w, const float* b, i64
         for (int t = 0; t < NT; t++) {
             v4 h = lane_sums(acc[t]) + bias;
             int count = my.counts[token[t]];
-            Unit* unit = &my.units[token[t] * my.group];
+            Unit* unit = my.list(token[t]);
             for (i64 i = k; i < D; i++)
                 for (int j = 0; j < NJ; j++) h[j] += f32(xs[t][i]) * f32(w[j * D + i]);
             h = act ? gelu(h, act) : h < v4{} ? v4{} : h;  // NaN < 0 is false: relu(NaN) is NaN
@@ -854,13 +839,12 @@ static void experts(const Job<W>& job, i64 t0, i64 n, i64 j0, i64 j1, float* sum
             for (i64 j = g0; j < g1; j++)
                 widen(copy + (j - g0) * STRIP, job.w_out + j * D + d, width);
             for (i64 t = 0; t < n; t++)
-                outer(sum + (s * n + t) * STRIP, &my.units[t * my.group], my.counts[t], copy, STRIP,
-                      STRIP);
+                outer(sum + (s * n + t) * STRIP, my.list(t), my.counts[t], copy, STRIP, STRIP);
         }
         // Token by token: few rows at a time, which prefetchers can follow
         for (i64 t = 0; t < n && !copy; t++)
             for (i64 s = 0; s < job.strips(); s++)
-                outer(sum + (s * n + t) * STRIP, &my.units[t * my.group], my.counts[t],
+                outer(sum + (s * n + t) * STRIP, my.list(t), my.counts[t],
                       job.w_out + g0 * D + s * STRIP, D, std::min<i64>(STRIP, D - s * STRIP));
     }
 }
