@@ -226,33 +226,34 @@ def activity(model, batches):
     return np.average(found, axis=0, weights=weights).tolist()
 
 
-def known_results(path, settings, hashes):
-    """results.json as far as it still holds: measured with these settings, its checkpoints here.
-    What was measured with others is kept beside it."""
+def read_results(folder):
+    """results.json of a folder; {} if there is none that can be read."""
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(os.path.join(folder, 'results.json'), encoding='utf-8') as f:
             old = json.load(f)
-        rows = [row for row in old['rows'] if row['checkpoint'] in hashes]
-    except (OSError, ValueError, KeyError, TypeError):
-        return dict(rows=[], activity=None)
-    if old['settings'] == settings:
-        return dict(rows=rows, activity=old['activity'] if rows else None)
-    os.replace(path, path.replace('.json', f'-{file_hash(path)[:6]}.json'))
-    return dict(rows=[], activity=None)
+        return old if {'rows', 'settings', 'activity', 'config'} <= old.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def evaluate(entries, batches, o, settings, folder, device):
-    """Measure what is not in results.json yet, print the table, draw it. Ctrl-C keeps the rows."""
+    """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
+    table, draw it. Rows of a checkpoint that is gone go; Ctrl-C keeps those that are done."""
     path = os.path.join(folder, 'results.json')
     settings = settings | dict(dense=entries[0].hash)
-    old = known_results(path, settings, {e.hash for e in entries})
-    jobs = jobs_of(entries, o)
+    old, jobs, hashes = read_results(folder), jobs_of(entries, o), {e.hash for e in entries}
+    # what was measured with other settings is kept beside it
+    if old and old['settings'] != settings:
+        os.replace(path, path.replace('.json', f'-{file_hash(path)[:6]}.json'))
+        old = {}
     found = {(r['checkpoint'], r['router_loss'], r['rule'], r['tau'], r['floor']): r
-             for r in old['rows']}
+             for r in old.get('rows', ()) if r['checkpoint'] in hashes}
     dense, model, loaded = build(entries[0].data, entries[0].path).to(device), None, None
     began = said = time.time()
     results = dict(config=vars(o), data=entries[0].data['data'], machine=machine(),
-                   settings=settings, rows=[], activity=old['activity'])
+                   settings=settings, rows=[], activity=None)
+    if any(key[0] == entries[1].hash for key in found):
+        results['activity'] = old['activity']
     try:
         for i, (e, kind, rule, tau) in enumerate(jobs):
             floor = o.floor if rule == 'dynk' else None
@@ -269,6 +270,7 @@ def evaluate(entries, batches, o, settings, folder, device):
                 found[key] = dict(method=e.method, router_loss=kind or None, rule=rule or None,
                                   tau=tau, floor=floor, checkpoint=e.hash, file=e.path, **row,
                                   split=e.data['options'].get('split'), seed=o.seed)
+            found[key]['file'] = e.path     # it may have moved since
             if time.time() - said > 10:
                 said, left = time.time(), (time.time() - began) / (i + 1) * (len(jobs) - i - 1)
                 print(f'eval     {i + 1}/{len(jobs)}  {clock(left)} left', flush=True)
@@ -276,9 +278,10 @@ def evaluate(entries, batches, o, settings, folder, device):
             sparse = build(entries[1].data, entries[1].path).to(device)
             results['activity'] = activity(sparse, batches[::4])
     finally:
-        order = {job: i for i, job in enumerate((e.hash, k or None, r or None) for e, k, r, _ in jobs)}
-        rows = sorted(found.values(), key=lambda r: (order.get(
-            (r['checkpoint'], r['router_loss'], r['rule']), len(order)), r['tau'] or 0))
+        order = {(e.hash, kind or None): i for i, (e, kind, _, _) in enumerate(jobs)}
+        rows = sorted(found.values(), key=lambda r: (
+            order.get((r['checkpoint'], r['router_loss']), len(order)), r['rule'] == 'topk',
+            r['rule'] or '', r['tau'] or 0))
         for row in rows:
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
         results['rows'] = rows
@@ -697,7 +700,7 @@ def read_routing(path):
                        f'writes it ({reason(error)})') from None
 
 
-# -------------------------------------------------------------------------------------- whole models
+# -------------------------------------------------------------------------------------- models
 
 def gpt2_pair(device, rho, shape):
     """GPT-2's sizes, random weights, dense and converted: random routers whose top-k runs rho."""
@@ -728,7 +731,8 @@ def whole_model(device, name, run, tokens, T, shape):
             ffns=lambda: [mlp(x) for mlp in converted.ffns()]), rounds=3)
         calls = tokens / T if name == 'decode' else 1            # the FFNs run once a token there
         saved = calls * (times['dense_ffns'] - times['ffns'])
-        law, speedup = times['dense'] / (times['dense'] - saved), times['dense'] / times['converted']
+        law = times['dense'] / (times['dense'] - saved)
+        speedup = times['dense'] / times['converted']
         rows.append(dict(suite=name, T=T, rho=rho, expert_size=shape.sizes[0], dtype='float32',
                          tokens_per_s=tokens / times['converted'],
                          dense_tokens_per_s=tokens / times['dense'], speedup=speedup, limit=law,
@@ -755,7 +759,8 @@ def decode_suite(o, device, shape):
 def peers_suite(o, device, shape):
     """The layer by what one would pick instead; every token runs k = rho E, so that all can."""
     rows, layers = [], make_layers(shape, torch.float32, device)
-    cases = itertools.product((16, shape.tokens[0]), (shape.sizes[-1], shape.sizes[0]), (0.125, 0.25))
+    cases = itertools.product((16, shape.tokens[0]), (shape.sizes[-1], shape.sizes[0]),
+                              (0.125, 0.25))
     for T, s, rho in cases:
         E, x = shape.H // s, torch.randn(T, shape.D, device=device)
         chosen = torch.rand(T, E, device=device).topk(max(1, round(rho * E))).indices   # (T, k)
@@ -823,7 +828,7 @@ def peers(layers, E, s, mask, chosen):
     return jobs
 
 
-# -------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------- command
 
 SUITES = dict(layer=layer_suite, decode=decode_suite, model=model_suite, peers=peers_suite)
 

@@ -502,7 +502,7 @@ def load(where, n_classes=0):
     elif os.path.isfile(inside):        # we exported it: its routing, perhaps the whole model
         data = read_checkpoint(inside)
         if os.path.isfile(os.path.join(where, 'config.json')):
-            data['model'] |= read_published(where)['model']
+            data['model'] = read_published(where)['model'] | data['model']
     else:
         data = read_published(where, n_classes)
     config, state = dict(data['config']), dict(data['model'])

@@ -285,8 +285,8 @@ def check(typed):
         raise BadInput(f'--{unused[0]}: --phase={o.phase} does not use it; leave it out')
     labelled = o.data.endswith(('.tsv', '.jsonl'))
     if labelled != (o.arch == 'bert') and o.data != 'stdlib' or o.val and not labelled:
-        raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts (and '
-                       'their --val), a .tsv or .jsonl file')
+        raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts '
+                       '(and their --val), a .tsv or .jsonl file')
     if o.tokenizer == ('gpt2' if o.arch == 'bert' else 'wordpiece') or \
             o.tokenizer == 'wordpiece' and not o.init_from:
         raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from '
@@ -304,8 +304,6 @@ def check(typed):
         raise BadInput(f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
     if o.phase == 'export' and not o.to:
         raise BadInput('--phase=export needs --to=DIR, a folder that is not there yet')
-    if o.phase == 'attn' and not o.attn_projections:
-        raise BadInput('--phase=attn needs --attn_projections: some or all of the letters qkvo')
     if not dict(cuda=torch.cuda, mps=torch.backends.mps).get(o.device, torch.cpu).is_available():
         raise BadInput(f'--device={o.device}: torch {torch.__version__} finds none here; '
                        'try --device=auto')
@@ -636,8 +634,11 @@ def resolve(name, typed, value, source, path):
     if own and own['phase'] != name:
         raise BadInput(f'{path}: holds a checkpoint of phase {own["phase"]}; give another place')
     values = vars(with_defaults({}))
-    for data in (*reversed(siblings(os.path.dirname(path) or '.').values()), parent, own):
-        values |= data['options'] if data else {}
+    others = list(siblings(os.path.dirname(path) or '.').values())
+    for data in (*reversed(others), own):
+        values |= {k: v for k, v in data['options'].items() if k in mine} if data else {}
+    values |= {k: v for k, v in parent['options'].items() if k not in mine or not own} \
+        if parent else {}
     values |= typed | ({cls.each: value} if value else {})
     for option, had in parent['options'].items() if parent else ():
         if values[option] != had and option not in mine:
@@ -645,7 +646,8 @@ def resolve(name, typed, value, source, path):
                            'option out, use another --out_dir, or start again with --phase=all '
                            '--overwrite=1')
     changed = [f'--{option}={values[option]}: {path} was made with {had}'
-               for option, had in (own['options'].items() if own else ()) if values[option] != had]
+               for option, had in (own['options'].items() if own else ())
+               if option in mine and values[option] != had]
     if own and cls.reads and own['parent'] != file_hash(source):
         changed.append(f'{path} was made from another {source}')
     if changed and not typed.get('overwrite'):
@@ -667,6 +669,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
         **{field: getattr(o, option) for option, (field, _, _) in options.items()})
     phase.seed = o.seed
     if hasattr(phase, 'wanted') and not phase.wanted():
+        if typed.get('phase') == name:
+            raise BadInput(f'--phase={name} needs one of --{", --".join(options)} that asks for it')
         return
     like = getattr(cls, 'like', name)
     steps, device, corpus = getattr(o, f'{like}_steps', 0), pick_device(o), None
@@ -843,7 +847,8 @@ def evaluation(typed, paths=()):
                            f'{options[name]}; leave the option out')
     kinds = typed.get('router_loss', ','.join(ROUTERS)).split(',')
     entries = [e for e in entries if e.kind in ('', *kinds)]
-    o = with_defaults(options | {name: value for name, value in typed.items()})
+    before = bench.read_results(folder).get('config', {})
+    o = with_defaults(options | dict(eval_batches=before.get('eval_batches', o.eval_batches)) | typed)
     corpus, device = open_corpus(o, folder), pick_device(o)
     for e in entries:
         if e.data['data']['hash'] != corpus.about['hash']:
@@ -905,14 +910,19 @@ def run(typed):
     if o.phase == 'sample':
         return sample(typed)
     if o.phase == 'export':
-        return print(export(chosen(typed, 'cpu')[1], o.to))
+        path, model = chosen(typed, 'cpu')
+        export(model, o.to)
+        return print(f'{o.to}: load() reads {path} from it, with its routing' + (
+            '; projections are MLPs: in our own format only' if model.config.projections else
+            '; transformers reads it, too, as a dense model: it knows no experts'))
     for name in PHASES if o.phase == 'all' else [o.phase] if o.phase in PHASES else []:
         each = getattr(PHASES[name], 'each', None)
         values = [None]
         if each:                            # untyped: those that are there
+            first = os.path.isfile(os.path.join(o.out_dir, f'{PHASES[name].writes}.pt'))
             there = [data['options'][each] for data in siblings(o.out_dir).values()
                      if data['phase'] == name]
-            values = getattr(o, each).split(',') if each in typed or not there else there
+            values = there if first and each not in typed else getattr(o, each).split(',')
         for value in values:
             run_phase(name, typed, value)
     if o.phase in ('all', 'eval'):
