@@ -32,6 +32,7 @@ if __name__ == '__main__':                  # Ctrl-C while torch is being import
 
 import contextlib
 import difflib
+import functools
 import glob
 import hashlib
 import inspect
@@ -234,7 +235,9 @@ def parse(argv):
         typed[name] = cast(name, value, known[name][1])
     if typed.get('preset') and typed['preset'] not in PRESETS:
         raise BadInput(f'--preset={typed["preset"]}: must be one of {", ".join(PRESETS)}')
-    typed = PRESETS.get(typed.get('preset'), {}) | typed
+    preset = PRESETS.get(typed.get('preset'), {})
+    typed = {k: v for k, v in preset.items()
+             if (k, 'expert_size' in typed) != ('n_experts', True)} | typed
     typed |= implied(typed)
     check(typed)
     return typed
@@ -302,6 +305,8 @@ def check(typed):
                        'an FFN')
     if o.n_embd % o.n_head:
         raise BadInput(f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
+    if 'oracle' in o.router_loss:
+        raise BadInput('--router_loss=oracle: has nothing to learn; eval shows it anyway')
     if o.phase == 'export' and not o.to:
         raise BadInput('--phase=export needs --to=DIR, a folder that is not there yet')
     if not dict(cuda=torch.cuda, mps=torch.backends.mps).get(o.device, torch.cpu).is_available():
@@ -345,6 +350,7 @@ class Corpus(NamedTuple):
     about: dict                             # source, hash, tokenizer, vocab, perhaps classes
 
 
+say_once = functools.cache(print)           # the phases of a run share their data
 STDLIB = sysconfig.get_paths()['stdlib']
 
 
@@ -421,7 +427,7 @@ def as_corpus(o, known):
             if tokens.max() >= about['vocab']:
                 raise BadInput(f'--data={o.data}: token {tokens.max()} is beyond the '
                                f'{about["vocab"]} of --tokenizer={o.tokenizer}')
-    print(f'data: {about["source"]}: {say}')
+    say_once(f'data: {about["source"]}: {say}')
     return Corpus(*parts, about)
 
 
@@ -608,19 +614,10 @@ def places(name, value, folder):
     return source, path
 
 
-class Job(NamedTuple):
-    """A phase and all that its run depends on, found to fit together."""
-    name: str
-    o: SimpleNamespace
-    source: str
-    path: str
-    parent: dict                            # what it starts from, or None
-    own: dict                               # its own checkpoint as far as it stands, or None
-
-
 def resolve(name, typed, value, source, path):
-    """The Job. An option is what was typed, what its own checkpoint, the parent or the others of
-    the folder say, or the default, in this order. BadInput where things do not fit."""
+    """(options, parent, own): what a phase runs with, what it starts from, and its own checkpoint
+    as far as it stands. An option is what was typed, what its own checkpoint, the parent or the
+    others of the folder say, or the default, in this order. BadInput where things do not fit."""
     cls, mine = PHASES[name], {*own_options(name), *LOOP}
     if cls.reads and not os.path.isfile(source):
         maker = next(other for other, c in PHASES.items() if c.writes == cls.reads[-1])
@@ -634,13 +631,14 @@ def resolve(name, typed, value, source, path):
     if own and own['phase'] != name:
         raise BadInput(f'{path}: holds a checkpoint of phase {own["phase"]}; give another place')
     values = vars(with_defaults({}))
+    inherited = parent['options'] if parent else {}
     others = list(siblings(os.path.dirname(path) or '.').values())
-    for data in (*reversed(others), own):
-        values |= {k: v for k, v in data['options'].items() if k in mine} if data else {}
-    values |= {k: v for k, v in parent['options'].items() if k not in mine or not own} \
-        if parent else {}
+    for options in (*(data['options'] for data in reversed(others)), inherited,
+                    own['options'] if own else {}):
+        values |= {k: v for k, v in options.items() if k in mine}
+    values |= {k: v for k, v in inherited.items() if k not in mine}
     values |= typed | ({cls.each: value} if value else {})
-    for option, had in parent['options'].items() if parent else ():
+    for option, had in inherited.items():
         if values[option] != had and option not in mine:
             raise BadInput(f'--{option}={values[option]}: {source} was made with {had}; leave the '
                            'option out, use another --out_dir, or start again with --phase=all '
@@ -656,14 +654,14 @@ def resolve(name, typed, value, source, path):
     if changed:
         print(f'{name:8s} {changed[0]}: again')
         own = None
-    return Job(name, SimpleNamespace(**values), source, path, parent, own)
+    return SimpleNamespace(**values), parent, own
 
 
 def run_phase(name, typed, value=None, source=None, path=None):
     """Bring one phase to its end, from nothing or from where it was stopped."""
-    places_here = places(name, value, with_defaults(typed).out_dir)
-    job = resolve(name, typed, value, source or places_here[0], path or places_here[1])
-    o, parent, own, cls = job.o, job.parent, job.own, PHASES[name]
+    cls, usual = PHASES[name], places(name, value, with_defaults(typed).out_dir)
+    source, path = source or usual[0], path or usual[1]
+    o, parent, own = resolve(name, typed, value, source, path)
     options = own_options(name)
     phase = cls() if cls is Dense else cls(
         **{field: getattr(o, option) for option, (field, _, _) in options.items()})
@@ -674,34 +672,37 @@ def run_phase(name, typed, value=None, source=None, path=None):
         return
     like = getattr(cls, 'like', name)
     steps, device, corpus = getattr(o, f'{like}_steps', 0), pick_device(o), None
-    if steps or not parent:
-        corpus = open_corpus(o, os.path.dirname(job.source or job.path) or '.')
+    again = o.overwrite and typed.get('phase') == name
+    if parent and own and own['step'] == own['steps'] and not again:
+        return print(f'{name:8s} done ({path})')
+    if steps or not parent:                 # what the base learned from must not have changed
+        corpus = open_corpus(o, os.path.dirname(source or path) or '.')
         learned = (parent or own or {}).get('data') or corpus.about
         if learned['hash'] != corpus.about['hash']:
             if parent or not o.overwrite:
-                raise BadInput(f'{job.source or job.path} learned from another --data={o.data}; '
+                raise BadInput(f'{source or path} learned from another --data={o.data}; '
                                'bring that back, or start again with --phase=all --overwrite=1')
             own = None
-    if own and own['step'] == own['steps'] and not (o.overwrite and typed.get('phase') == name):
-        return print(f'{name:8s} done ({job.path})')
+    if own and own['step'] == own['steps'] and not again:
+        return print(f'{name:8s} done ({path})')
     own = own if own and own['step'] < own['steps'] else None
-    make_folder(os.path.dirname(job.path) or '.')
+    make_folder(os.path.dirname(path) or '.')
     torch.manual_seed(o.seed)
-    model = (build(parent, job.source) if parent else phase.create(corpus.about)).to(device)
+    model = (build(parent, source) if parent else phase.create(corpus.about)).to(device)
     batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
     notes = phase.prepare(model, batches) or {}
     made_with = {option: getattr(o, option) for option in (*LOOP, *options)}
     if not parent:                          # --init_from brings sizes of its own
         made_with |= {f: value for f, value in asdict(phase).items() if f in made_with}
-    record = dict(phase=name, steps=steps, metrics=notes, parent=file_hash(job.source) if parent
+    record = dict(phase=name, steps=steps, metrics=notes, parent=file_hash(source) if parent
                   else None, options={**(parent['options'] if parent else {}), **made_with},
                   data=parent['data'] if parent else corpus.about)
 
     def keep(step, optimizer=None):
-        save(model, job.path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
+        save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
 
     if steps:
-        learn(job._replace(own=own), phase, model.to(device), corpus, device, steps, keep)
+        learn(phase, name, o, own, model.to(device), corpus, device, steps, keep)
     if hasattr(phase, 'report'):
         notes |= phase.report(model, held_out(corpus, o, device)[:8])
     keep(steps)
@@ -749,9 +750,8 @@ def schedule(step, steps):
     return min((step + 1) / max(1, steps // 20), 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def learn(job, phase, model, corpus, device, steps, keep):
+def learn(phase, name, o, own, model, corpus, device, steps, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer) writes a checkpoint."""
-    name, o, own = job.name, job.o, job.own
     model.train()
     parameters = [p.requires_grad_(True) for p in phase.parameters(model)]
     rate = f'{getattr(phase, "like", name)}_lr'
@@ -837,8 +837,8 @@ def evaluation(typed, paths=()):
     the table, write results.json and its picture beside them."""
     o = with_defaults(typed)
     folder = os.path.dirname(paths[0]) or '.' if paths else o.out_dir
-    make_folder(folder)
     entries = bench.entries(siblings(folder), paths)
+    make_folder(folder)
     options = entries[-1].data['options']
     for name in typed:
         if name in options and name not in LOOP and name != 'router_loss' \
