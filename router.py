@@ -40,7 +40,9 @@ GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
             threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
             topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
             cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
-FLOOR = 0.1                                 # of dynk, where nobody says otherwise
+# of dynk, where nobody says otherwise: nothing lost where it was measured; 0.2 saves a quarter more
+# of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14 points
+FLOOR = 0.01
 
 
 def select(score, rule, tau=0.0, floor=0.0):
@@ -69,7 +71,7 @@ def select(score, rule, tau=0.0, floor=0.0):
         before = ordered.cumsum(-1) - ordered
         chosen = before < tau * ordered.sum(-1, keepdim=True)
         if tau >= 1:
-            chosen = ordered == ordered
+            chosen = ordered > 0
         return torch.zeros_like(chosen).scatter_(-1, index, chosen)
     raise ValueError(f'rule must be one of {", ".join(GRID)}, not {rule!r}')
 
