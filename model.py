@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.ln_eps) if c.pre_ln else None
         self.pooler = Linear(c.n_embd, c.n_embd) if c.pooler else None
-        if c.head == 'mlm':             # BERT's: dense, GELU, LayerNorm, tied decoder
+        if c.head == 'mlm':             # BERT's: dense, activation, LayerNorm, tied decoder
             norm = nn.LayerNorm(c.n_embd, eps=c.ln_eps)
             self.mlm = nn.ModuleDict(dict(dense=Linear(c.n_embd, c.n_embd), ln=norm))
             self.mlm_bias = nn.Parameter(torch.zeros(c.vocab_size))
@@ -271,7 +271,7 @@ class Transformer(nn.Module):
             h = h if self.pooler is None else torch.tanh(self.pooler(h))
             return self.classifier(self.drop(h))
         if self.config.head == 'mlm':
-            h = self.mlm['ln'](F.gelu(self.mlm['dense'](h)))
+            h = self.mlm['ln'](ACTIVATIONS[self.config.activation](self.mlm['dense'](h)))
             return linear(h, self.wte.weight, self.mlm_bias)
         return linear(h, self.wte.weight)
 
