@@ -503,6 +503,9 @@ def load(where, n_classes=0):
         data = read_checkpoint(inside)
         if os.path.isfile(os.path.join(where, 'config.json')):
             data['model'] = read_published(where)['model'] | data['model']
+            # the tokenizer came along: what it was made from may be elsewhere, or gone
+            if data['data'].get('tokenizer') == 'wordpiece':
+                data['data'] |= dict(tokenizer_source=where)
     else:
         data = read_published(where, n_classes)
     config, state = dict(data['config']), dict(data['model'])
