@@ -213,7 +213,8 @@ class Oracle(nn.Module):
         super().__init__()
         # a tuple, so that the MLP's weights do not become the router's
         self.experts, self.grams = mlp.experts, grams(mlp.w_out, mlp.offsets, owners)
-        self.scale = 1.0 if mlp.router is None else mlp.router.scale.clone()
+        seen = mlp.router is not None and mlp.router.scale > 0
+        self.scale = mlp.router.scale.clone() if seen else 1.0
 
     def forward(self, x):
         a = ACTIVATIONS[self.experts.act](linear(x, self.experts.w_in, self.experts.b_in))
