@@ -35,7 +35,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 
-from model import MLP, projection_width
+from model import MLP, BadInput, projection_width
 
 DELTA = -10.0
 PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty at the end of distillation
@@ -155,6 +155,9 @@ class Distil:
 
     def prepare(self, model, batches):
         names, self.seen = self.attn_projections, []
+        if model.config.projections:
+            raise BadInput(f'its {model.config.projections} are MLPs already: begin with a model '
+                           'that has none')
         self.original = copy.deepcopy(model).eval()
         for block, watched in zip(model.blocks, self.original.blocks):
             for name in names:
