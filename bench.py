@@ -54,7 +54,6 @@ def machine():
 
 
 def clock(seconds):
-    """h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
@@ -97,8 +96,10 @@ def entries(found, paths=()):
     """The checkpoints to measure, dense and sparse first. Of a folder's {path: checkpoint}: every
     finished one with routers, and what nothing else was made from; or those in `paths`, each by
     what it says of itself. BadInput if there is no dense one to compare with."""
-    known = {path: Entry(path, file_hash(path), data, data['config']['router_loss'])
-             for path, data in found.items()}
+    def entry(path, data):
+        return Entry(path, file_hash(path), data, data['config']['router_loss'])
+
+    known = {path: entry(path, data) for path, data in found.items()}
     made_from = {data['parent'] for data in found.values()}
 
     def stands(data):
@@ -125,7 +126,7 @@ def entries(found, paths=()):
         data = read_checkpoint(path)
         data = dict(phase=os.path.basename(path), parent=None, options={}, data={}) | data
         if path not in (e.path for e in chosen.values()):
-            chosen[path] = Entry(path, file_hash(path), data, data['config']['router_loss'])
+            chosen[path] = entry(path, data)
     return list(chosen.values())
 
 
@@ -147,7 +148,7 @@ def jobs_of(entries, o):
 def classification(predicted, labels):
     """Accuracy, and F1 averaged over the classes that occur: predicted and labels (n,)."""
     scores = []
-    for c in set(predicted.tolist()) | set(labels.tolist()):
+    for c in torch.cat([predicted, labels]).unique():
         hits = ((predicted == c) & (labels == c)).sum().item()
         scores.append(2 * hits / ((predicted == c).sum() + (labels == c).sum()).item())
     return (predicted == labels).float().mean().item(), statistics.mean(scores)
@@ -228,7 +229,6 @@ def read_results(folder):
 
 
 def write_json(path, content):
-    """A JSON file, whole or not at all."""
     write_atomically(path, lambda t: Path(t).write_text(json.dumps(content, indent=1)))
 
 
@@ -408,7 +408,8 @@ def print_seeds(results, path):
     print(f'\n{len(results)} seeds: mean and half of the spread (largest - smallest)')
     print_table(rows, {title: (name, 16, form) for title, (name, _, form) in COLUMNS.items()
                        if name in names})
-    write_json(path, dict(machine=machine(), seeds=[r['config']['seed'] for r in results], rows=rows))
+    seeds = [result['config']['seed'] for result in results]
+    write_json(path, dict(machine=machine(), seeds=seeds, rows=rows))
     print(f'\n{path} has every row')
 
 
@@ -478,10 +479,10 @@ def plot_layers(rows, path):
          ylim=0)
 
 
-# -------------------------------------------------------------------------------------- one layer
+# -------------------------------------------------------------------------------------- suites
 #
-# What is timed against each other is a dict {name: [calls]}, a call for each of several layers, so
-# that no cache holds their weights.
+# What is timed in turn is {name: [calls]}: a call for each of so many layers that no cache holds
+# their weights.
 
 class Shape(NamedTuple):
     """The layer that is measured, GPT-2's unless a test wants a smaller one."""
@@ -509,7 +510,6 @@ def make_layers(shape, dtype, device):
 
 
 def dense_mlp(x, w_in, b_in, w_out, b_out, linear=F.linear):
-    """The reference: w_out (D, H)."""
     return linear(F.relu(linear(x, w_in, b_in)), w_out, b_out)
 
 
@@ -520,20 +520,17 @@ def dense_jobs(layers, x):
         return reorder(w_in, len(x)), b_in, reorder(w_out.contiguous(), len(x)), b_out
 
     def wide(*weights):                     # without bf16 units, fp32 copies may be faster
-        if x.is_cuda or x.dtype == torch.float32:
-            raise ValueError('nothing to widen')
         return [w.float() for w in weights]
 
-    def as_is(*weights):
-        return weights
-
     onednn, jobs = partial(dense_mlp, linear=kernel.onednn), {}
-    for name, prepare, f in (
-            ('F.linear', as_is, dense_mlp), ('compiled', as_is, torch.compile(dense_mlp)),
-            ('onednn packed', packed, onednn), ('onednn', as_is, onednn),
-            ('fp32 copies', wide, lambda x, *w: dense_mlp(x.float(), *w).to(x.dtype))):
+    ways = {'F.linear': (dense_mlp, None), 'compiled': (torch.compile(dense_mlp), None),
+            'onednn packed': (onednn, packed), 'onednn': (onednn, None)}
+    if x.dtype != torch.float32 and not x.is_cuda:
+        ways['fp32 copies'] = lambda x, *w: dense_mlp(x.float(), *w).to(x.dtype), wide
+    for name, (f, prepare) in ways.items():
         with contextlib.suppress(Exception):        # not in this build, for this dtype or device
-            calls = [partial(f, x, *prepare(m.w_in, m.b_in, m.w_out.t(), m.b_out)) for m in layers]
+            weights = [(m.w_in, m.b_in, m.w_out.t(), m.b_out) for m in layers]
+            calls = [partial(f, x, *(prepare(*w) if prepare else w)) for w in weights]
             calls[0]()
             jobs[name] = calls
     return jobs
@@ -568,8 +565,8 @@ def layer_suite(o, device, shape):
             cases = [('layer', s, rho) for s in shape.sizes for rho in shares]
             if not replay and T == shape.tokens[0] and dtype == torch.float32:
                 cases += [('linearity', shape.sizes[0], i / 20) for i in (1, *range(2, 21, 2))]
-            masks = {(suite, s, rho): [torch.rand(T, shape.H // s, device=device) < rho
-                                       for _ in range(5)] for suite, s, rho in cases}
+            masks = {case: [torch.rand(T, shape.H // case[1], device=device) < case[2]
+                            for _ in range(5)] for case in cases}
             if replay:
                 masks = {cases[0]: [m.repeat(-(-T // len(m)), 1)[:T].to(device) for m in replay]}
             x = torch.randn(T, shape.D, device=device).to(dtype)
@@ -615,11 +612,11 @@ def layer_rows(o, shape, layers, x, masks, roof):
         union = statistics.mean(m.any(0).float().mean().item() for m in some)
         moved = 2 * shape.D * x.itemsize * (shape.H * union + T)
         limit = base / max(flops * rho / roof['peak'], moved / roof['bandwidth'])
-        speedup, with_router = (base / t for t in (times[suite, s, rho],
-                                                   times[suite, s, rho] + times[s]))
+        seconds, router = times[suite, s, rho], times[s]
+        speedup, with_router = base / seconds, base / (seconds + router)
         row = dict(suite=suite, T=T, D=shape.D, H=shape.H, expert_size=s, rho=rho,
-                   dtype=str(x.dtype)[6:], impl=o.impl or 'auto', ms=1e3 * base / speedup,
-                   router_ms=1e3 * times[s], dense_ms={k: 1e3 * t for k, t in dense.items()},
+                   dtype=str(x.dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
+                   router_ms=1e3 * router, dense_ms={k: 1e3 * t for k, t in dense.items()},
                    speedup=speedup, speedup_with_router=with_router, limit=limit,
                    of_limit=speedup / limit)
         rows.append(row)
@@ -654,22 +651,23 @@ def model_suite(o, device, shape):
         mlp.sort_neurons(torch.arange(shape.H, device=device), torch.arange(0, shape.H + 1, s))
     converted.add_routers('norm', 128)
     decode = o.suite == 'decode'
-    size = (1, 16) if decode else shape.prefill
-    idx = torch.randint(0, shape.vocab_size, size, device=device)
+    idx = torch.randint(0, shape.vocab_size, (1, 16) if decode else shape.prefill, device=device)
     tokens, T = (32, 1) if decode else (idx.numel(), idx.numel())           # T of them at a time
     x = torch.randn(T, shape.D, device=device)
 
     def whole(m):
         return m.generate(idx, tokens, temperature=0) if decode else m(idx)
 
+    def ffns(m):
+        return [mlp(x) for mlp in m.ffns()]
+
     for rho in (0.1, 0.25, 0.5):
         converted.set_rule('topk', rho)
         for mlp in converted.mlps():
             mlp.router.rho = rho
         times = in_turn(dict(
-            dense=[lambda: whole(dense)], converted=[lambda: whole(converted)],
-            dense_ffns=[lambda: [mlp(x) for mlp in dense.ffns()]],
-            ffns=[lambda: [mlp(x) for mlp in converted.ffns()]]), rounds=3)
+            dense=[partial(whole, dense)], converted=[partial(whole, converted)],
+            dense_ffns=[partial(ffns, dense)], ffns=[partial(ffns, converted)]), rounds=3)
         saved = tokens / T * (times['dense_ffns'] - times['ffns'])
         law = times['dense'] / (times['dense'] - saved)
         speedup = times['dense'] / times['converted']
@@ -755,7 +753,6 @@ SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=pe
 
 
 def options():
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
