@@ -216,7 +216,7 @@ class Transformer(nn.Module):
             owners = mlp.router.owners if mlp.router is not None else None
             if owners is None and c.n_outputs and c.n_outputs[i]:
                 owners = torch.zeros(c.n_outputs[i], c.n_experts[i], dtype=torch.bool)
-            own_width = width if any(mlp is ffn for ffn in ffns) else min(width, 32)
+            own_width = width if mlp in ffns else min(width, 32)
             mlp.router = Router(kind, mlp, owners, own_width).to(mlp.w_in.device)
         c.router_loss, c.router_width = kind, width
 
@@ -345,7 +345,7 @@ class Transformer(nn.Module):
         out = dict(attention=2 * D * D * (4 - len(c.projections)) * c.n_layer,
                    scores=4 * D * seq_len * c.n_layer, mlp=0.0, router=0.0, head=0.0)
         for mlp, share in zip(self.mlps(), rho or [1.0] * len(self.mlps())):
-            part = 'mlp' if any(mlp is ffn for ffn in ffns) else 'attention'
+            part = 'mlp' if mlp in ffns else 'attention'
             out[part] += 4 * D * len(mlp.w_in) * share
             if rho is not None and mlp.router is not None:
                 matrices = (p for p in mlp.router.parameters() if p.dim() == 2)

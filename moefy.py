@@ -193,7 +193,7 @@ class Moefy:
         for i, mlp in enumerate(mlps):
             n = max(1, len(mlp.w_in) // self.expert_size) if self.expert_size else self.n_experts
             # a replaced projection is narrower than the FFNs
-            if not any(mlp is ffn for ffn in model.ffns()):
+            if mlp not in model.ffns():
                 n = min(n, len(mlp.w_in))
             found.append(split_mlp(mlp, n, self.split, self.seed))
             left = (time.time() - began) / (i + 1) * (len(mlps) - i - 1)

@@ -55,7 +55,7 @@ def sparsity(kind, t):
 
 def penalty(model, tap, kind):
     """P: mean over FFNs, plus mean over replaced projections where there are any."""
-    is_ffn = [any(mlp is ffn for ffn in model.ffns()) for mlp in model.mlps()]
+    is_ffn = [mlp in model.ffns() for mlp in model.mlps()]
     groups = [[sparsity(kind, t) for t, ffn in zip(tap, is_ffn) if ffn == wanted]
               for wanted in (True, False)]
     return sum(torch.stack(g).mean() for g in groups if g)
