@@ -447,8 +447,8 @@ def write_atomically(path, write):
 
 
 def save(model, path, **extra):
-    """One dict for torch.load(weights_only=True): config, model, and what `extra` says."""
-    data = dict(config=asdict(model.config), model=model.state_dict(), **extra)
+    """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
+    data = dict(config=asdict(model.config), model=model.state_dict(), data=model.about) | extra
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
 
@@ -639,8 +639,8 @@ def read_published(where, n_classes=0):
     except Exception as error:          # each file format has exceptions of its own
         raise BadInput(f'{where}: its weights cannot be read ({reason(error)})') from None
     missing = sorted(info['missing_keys'])
-    if c.head is None and all(name.startswith('pooler') for name in missing):
-        c.pooler, missing = not missing, []
+    if c.head is None and missing == ['pooler.dense.bias', 'pooler.dense.weight']:
+        c.pooler, missing = False, []
     if missing:
         raise BadInput(f'{where}: has no tensor {missing[0]}')
     if info['unexpected_keys']:

@@ -54,7 +54,7 @@ def select(score, rule, tau=0.0, floor=0.0):
     topk        the share tau of the outputs, at least one: the largest, ties as in torch.topk
     cumulative  the smallest set whose scores reach the share tau of the token's sum
 
-    A row with a NaN score runs nothing under dynk, threshold and cumulative. ValueError names the
+    A row of NaN runs nothing under dynk, threshold and cumulative. ValueError names the
     rules if `rule` is none.
     """
     if rule == 'dynk':
@@ -67,7 +67,7 @@ def select(score, rule, tau=0.0, floor=0.0):
         return chosen.scatter_(-1, score.topk(k, -1).indices, True)
     if rule == 'cumulative':
         ordered, index = score.sort(-1, descending=True)
-        # what the larger ones already reach; a sum in floats may fall short of 1, which means all
+        # what the larger ones already reach; a sum in floats may fall short of 1: all but zeros
         before = ordered.cumsum(-1) - ordered
         chosen = before < tau * ordered.sum(-1, keepdim=True)
         if tau >= 1:

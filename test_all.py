@@ -830,7 +830,11 @@ def test_moefy_sorts_the_neurons_and_changes_nothing(split, options, n_experts, 
         assert mlp.offsets.diff().tolist() == moefy.expert_sizes(len(mlp.w_in), n).tolist()
         cluster = torch.arange(n).repeat_interleave(mlp.offsets.diff())
         assert J == pytest.approx(slow_objective(F.normalize(mlp.w_in, dim=1), cluster), abs=1e-3)
-        assert split == 'stripes' or J <= random + 1e-3
+        assert split != 'random' or J == random
+        if split == 'kmeans':
+            rows = F.normalize(was.w_in, dim=1)
+            best = slow_objective(rows, moefy.balanced_kmeans(rows, n))
+            assert J == pytest.approx(best, abs=1e-3) and J <= random + 1e-3
         # every neuron is there once, with its bias and its output
         new, was = (torch.cat([p.w_in, p.b_in[:, None], p.w_out], 1).tolist() for p in (mlp, was))
         assert sorted(new) == sorted(was)
@@ -940,7 +944,7 @@ def test_the_model_is_the_slow_model(config, owners):
     # padding to the right, a hole, padding to the left
     keep = torch.ones(3, 8, dtype=torch.bool)
     keep[0, 5:] = keep[1, 3:6] = keep[2, :6] = False
-    check(m, idx, ragged(8) if m.config.head == 'cls' else keep, types)
+    check(m, idx, ragged(8) if m.config.head == 'cls' else keep)
 
 
 def test_every_expert_on_is_the_unrouted_model():
@@ -972,24 +976,26 @@ def test_generation_is_full_recomputation(projections, length, rule):
 
 def test_sampling_keeps_to_top_k_and_seed():
     m, prompt = tiny(block_size=24), torch.zeros(1, 1, dtype=torch.long)
-    draws = [m.generate(prompt, 20, 1.0, 5, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    draws = [m.generate(prompt, 20, 1.0, 2, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    top = m(draws[0][:, :-1])[0].topk(5).indices
+    top = m(draws[0][:, :-1])[0].topk(2).indices
     assert all(draws[0][0, i + 1] in top[i] for i in range(20))
 
 
-# D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 8 wide
+# D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 40 wide or 32
 @pytest.mark.parametrize('config, rho, want', [
     ({}, None, dict(attention=2 * 8 * 256, scores=2 * 4 * 16 * 9, mlp=2 * 4 * 16 * 40, router=0,
                     head=2 * 16 * 50)),
-    ({}, [0.5, 0.25], dict(mlp=0.75 * 4 * 16 * 40, router=2 * 2 * 8 * (16 + 5))),
+    ({}, [0.5, 0.25], dict(mlp=0.75 * 4 * 16 * 40, router=2 * 2 * 40 * (16 + 5))),
     (dict(projections='qo'), [0.5, 0, 0.25] * 2, dict(
         attention=2 * (2 * 2 * 256 + 0.5 * 4 * 16 * 8), mlp=0.5 * 4 * 16 * 40,
-        router=6 * 2 * 8 * (16 + 5))),
+        router=2 * 2 * (32 + 32 + 40) * (16 + 5))),
     (MLM, None, dict(head=2 * 16 * 16 + 2 * 16 * 50)), (BERT, None, dict(head=0)),
     (CLS, None, dict(head=(2 * 16 * 16 + 2 * 16 * 3) / 9))])
 def test_flops_by_hand(config, rho, want):
-    got = routed(tiny(**config)).flops(9, rho)
+    m = routed(tiny(**config))
+    m.add_routers('norm', 40)
+    got = m.flops(9, rho)
     assert {part: got[part] for part in want} == want and got.pop('total') == sum(got.values())
 
 
