@@ -114,7 +114,7 @@ def entries(found, paths=()):
         if not stands(e.data):
             print(f'{path} is not measured: unfinished, or made from a checkpoint that is no '
                   'longer here; python train.py --overwrite=1 makes it again')
-        elif e.data['phase'] in chosen:
+        elif chosen.get(e.data['phase'], e) is None:
             chosen[e.data['phase']] = e
         elif not paths and (e.kind or leaf):
             chosen[path] = e
@@ -124,7 +124,10 @@ def entries(found, paths=()):
                            'make it with python train.py')
     for path in paths:
         data = read_checkpoint(path)
-        data = dict(phase=os.path.basename(path), parent=None, options={}, data={}) | data
+        data = dict(phase=os.path.basename(path), parent=None, options={}, data={}, step=0,
+                    steps=0) | data
+        if data['step'] < data['steps']:
+            raise BadInput(f'{path} stopped at step {data["step"]} of {data["steps"]}')
         if path not in (e.path for e in chosen.values()):
             chosen[path] = entry(path, data)
     return list(chosen.values())
@@ -234,18 +237,24 @@ def write_json(path, content):
 
 def evaluate(entries, batches, o, settings, folder, device):
     """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
-    table, draw it. Rows of a checkpoint that is gone go; Ctrl-C keeps those that are done."""
+    table, draw it. Ctrl-C keeps what is done."""
     path, jobs = os.path.join(folder, 'results.json'), jobs_of(entries, o)
     settings, old = settings | dict(dense=entries[0].hash), read_results(folder)
     # what was measured with other settings is kept beside it
     if old and old['settings'] != settings:
         os.replace(path, path.replace('.json', f'-{file_hash(path)[:6]}.json'))
         old = {}
-    names = jobs[0][1]                      # by which a row is known again
+    # by which a row is known again; those of a checkpoint that is gone go
+    names, mine = jobs[0][1], {e.hash for e in entries}
+    files = {r['file'] for r in old.get('rows', ()) if os.path.isfile(r['file'])}
+    here = mine | {file_hash(file) for file in files}
     found = {tuple(r[name] for name in names): r for r in old.get('rows', ())
-             if r['checkpoint'] in {e.hash for e in entries}}
+             if r['checkpoint'] in here}
+    for r in found.values():                # a checkpoint may have moved since
+        r['file'] = next((e.path for e in entries if e.hash == r['checkpoint']), r['file'])
     sparse_known = any(r['checkpoint'] == entries[1].hash for r in found.values())
-    results = dict(config=vars(o), data=entries[0].data['data'], machine=machine(),
+    about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
+    results = dict(config=vars(o), data=about, machine=machine(),
                    settings=settings, rows=[], activity=old['activity'] if sparse_known else None)
     dense, loaded = build(entries[0].data, entries[0].path).to(device), None
     began = said = time.time()
@@ -262,9 +271,9 @@ def evaluate(entries, batches, o, settings, folder, device):
                 if kind == 'oracle':        # a ceiling: it costs nothing, and cannot be timed
                     row |= dict(ms_per_1k_tokens=None, speedup=None)
                 method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
-                found[key] = dict(method=method, **what, **row, seed=o.seed,
-                                  split=e.data['options'].get('split'))
-            found[key]['file'] = e.path     # it may have moved since
+                found[key] = dict(method=method, **what, **row)
+                found[key] |= {name: e.data['options'].get(name) for name in ('seed', 'split')}
+                found[key]['file'] = e.path
             if time.time() - said > 10:
                 said, left = time.time(), (time.time() - began) / (i + 1) * (len(jobs) - i - 1)
                 print(f'eval     {i + 1}/{len(jobs)}  {clock(left)} left', flush=True)
@@ -279,7 +288,8 @@ def evaluate(entries, batches, o, settings, folder, device):
         for row in rows:
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
         write_json(path, results)
-    report(entries, results, batches, folder)
+    shown = [r for r in rows if r['checkpoint'] in mine and r['floor'] in (None, o.floor)]
+    report(entries, shown, results['activity'], batches, folder)
     return results
 
 
@@ -311,18 +321,20 @@ def setting(r):
     """What a row's tau column says."""
     if r['rule'] is None:
         return '-'
-    return f'top-{r["k"]}' if r['rule'] == 'topk' else f'{r["tau"]:g}'
+    if r['rule'] == 'topk':
+        return f'top-{r["k"]}'
+    usual = ROUTERS[r['router_loss']].rule == r['rule']
+    return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
 
-def report(entries, results, batches, folder):
+def report(entries, rows, activity, batches, folder):
     """The table and what follows from it, its picture, and masks for --routing."""
-    rows = results['rows']
     print()
     print_table(rows, COLUMNS)
     print(f'\nsparse: loss {rows[1]["delta"]:+.2%} against dense')
     sparse = build(entries[1].data)
     for what, ours in (('FFNs', True), ('projections', False)):
-        some = np.array([a for a, mlp in zip(results['activity'], sparse.mlps())
+        some = np.array([a for a, mlp in zip(activity, sparse.mlps())
                          if (mlp in sparse.ffns()) == ours])
         if len(some) and (sparse.config.activation == 'relu' or not ours):
             print(f'zeros among the hidden activations of the sparse {what}: '
@@ -395,12 +407,12 @@ def flops_gap(curve, other):
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
+    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k')
     names, groups, rows = ('experts', 'flops', 'delta', 'speedup', 'accuracy'), {}, []
     for r in (r for result in results for r in result['rows']):
-        groups.setdefault((r['method'], r['router_loss'], r['rule'], r['tau']), []).append(r)
-    for (method, kind, rule, tau), group in groups.items():
-        rows.append(dict(method=method, router_loss=kind, rule=rule, tau=tau, k=group[0]['k'],
-                         seeds=len(group)))
+        groups.setdefault(tuple(r[name] for name in same), []).append(r)
+    for group in groups.values():
+        rows.append({name: group[0][name] for name in same} | dict(seeds=len(group)))
         for name in names:
             values = [r[name] for r in group if r[name] is not None]
             rows[-1][name] = statistics.mean(values) if values else None

@@ -324,7 +324,7 @@ class Transformer(nn.Module):
         if self.config.head != 'cls':
             raise ValueError('only a model with a classification head classifies')
         tools = tokenizer(self.about, False)
-        ids = [tools.cut(i, self.config.block_size) for i in tools.encode(list(texts))]
+        ids = [cut(i, self.config.block_size, tools.closing) for i in tools.encode(list(texts))]
         out, names = [None] * len(ids), self.about.get('classes')
         # texts of like lengths together: there is less to pad
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -392,9 +392,10 @@ class Texts(NamedTuple):
     closing: int = 0                    # tokens that close a text and survive a cut
     json: str = ''                      # wordpieces: all there is to know of them
 
-    def cut(self, ids, length):
-        return ids if len(ids) <= length else \
-            [*ids[:length - self.closing], *ids[len(ids) - self.closing:]]
+
+def cut(ids, length, closing):
+    """At most `length` tokens, the closing ones among them."""
+    return ids if len(ids) <= length else [*ids[:length - closing], *ids[len(ids) - closing:]]
 
 
 def tokenizer(about, causal):
@@ -523,11 +524,15 @@ def load(where, n_classes=0):
 from_pretrained = load
 
 
-def load_config(where):
-    """The Config of what load(where) would read, without its weights."""
-    if os.path.isfile(where):
-        return Config(**read_checkpoint(where)['config'])
-    return published_config(where)[1]
+def peek(where):
+    """(Config, what is known of the data) of what load(where) would read, without its weights."""
+    inside = where if os.path.isfile(where) else os.path.join(where, 'd2dmoe.pt')
+    if os.path.isfile(inside):
+        data = read_checkpoint(inside)
+        return Config(**data['config']), data.get('data') or {}
+    c = published_config(where)[1]
+    name = 'bytes' if c.vocab_size == 256 else 'gpt2' if c.causal else 'wordpiece'
+    return c, dict(tokenizer=name, tokenizer_source=where)
 
 
 # -------------------------------------------------------------------------------------- published

@@ -1417,7 +1417,9 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     (['--preset=huge'], 'hour'), (['--router_loss=oracle'], 'nothing to learn'),
     (['--phase=train'], 'must be all, eval'), (['--n_experts=2000'], '1024 neurons'),
     (['--n_experts=8', '--expert_size=7'], 'give one'), (['--phase=attn'], 'make it with'),
-    (['--phase=sample', '--n_layer=2', '--eval_batches=3'], '--phase=sample does not use it'),
+    (['--phase=sample', '--eval_batches=3'], '--phase=sample does not use it'),
+    (['--phase=export', '--n_layer=2'], 'does not use it'), (['--seeds=0,x'], 'whole numbers'),
+    (['--seeds=0,1', '--seed=2'], 'does not use it'),
     (['--phase=sparsify', '--n_experts=8'], '--n_experts: --phase=sparsify does not use it'),
     (['--phase=export'], 'needs --to=DIR'), (['--device=cuda'], 'try --device=auto'),
     (['--data=x.txt', '--arch=bert'], 'learns from labelled texts'),
@@ -1442,8 +1444,9 @@ def test_typed_options_against_finished_phases(spoiled, text, capsys):
     assert options(spoiled / 'moe.pt')['n_experts'] == 8
     # what was made from the old one is refused, and eval leaves it out
     assert 'made from another' in refusal('--phase=router', out=spoiled, capsys=capsys)
-    rows = run('--phase=eval', out=spoiled)['rows']
-    assert {r['router_loss'] for r in rows} == {None}
+    run('--phase=eval', out=spoiled)
+    said = capsys.readouterr().out
+    assert said.count('is not measured') == 2 and 'threshold' not in said
     # a new router inherits the steps and the width of its siblings
     run('--phase=router', '--overwrite=1', out=spoiled)
     run('--phase=router', '--router_loss=share', out=spoiled)
@@ -1451,6 +1454,16 @@ def test_typed_options_against_finished_phases(spoiled, text, capsys):
     assert made['router_steps'] == 8 and made['router_width'] == 8
     kinds = {r['router_loss'] for r in run('--phase=eval', out=spoiled)['rows']}
     assert kinds == {None, 'norm', 'active', 'share', 'oracle'}
+    # typed kinds are measured alone, and the rows of the others stay
+    rows = run('--phase=eval', '--router_loss=share', '--tau=0.3', out=spoiled)['rows']
+    assert kinds == {r['router_loss'] for r in rows}
+    # other steps than the control's are said
+    before = options(spoiled / 'sparse.pt')['sparsify_steps']
+    run('--phase=sparsify', '--sparsify_steps=9', '--overwrite=1', out=spoiled)
+    capsys.readouterr()
+    run('--phase=eval', out=spoiled)
+    assert before == 8 and 'trained for other steps' in capsys.readouterr().out
+    run('--phase=sparsify', '--sparsify_steps=8', '--overwrite=1', out=spoiled)
     # the control follows sparsify
     assert options(spoiled / 'dense.pt')['sparsify_steps'] == 8
     assert 'dense.pt was made with 8' in refusal('--phase=all', '--sparsify_steps=9', out=spoiled,

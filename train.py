@@ -23,7 +23,7 @@ A phase is a class whose fields are its options, and it lives with its method:
 `steps` and `lr` are options with the phase's name in front. A new method is such a class and its
 place in PHASES. An option that is not typed keeps the value with which the checkpoints of the
 folder were made; one that is typed and differs stops the run, unless --overwrite=1 runs that phase
-again. (Edited code does not: give --overwrite=1.)
+again. (Edited code does not count: --phase=NAME --overwrite=1 runs a phase anew.)
 """
 
 if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
@@ -55,8 +55,8 @@ import numpy as np
 import torch
 
 import bench
-from model import (BadInput, Config, Texts, Transformer, build, export, file_hash, load,
-                   load_config, n_tokens, pad, read_checkpoint, reason, save, tokenizer,
+from model import (BadInput, Config, Transformer, build, cut, export, file_hash, load,
+                   n_tokens, pad, peek, read_checkpoint, reason, save, tokenizer,
                    write_atomically)
 from moefy import Moefy
 from router import GRID, FLOOR, ROUTERS, Route
@@ -72,7 +72,7 @@ class Command:
     preset: str = ''                        # gpt2, bert (the paper's), hour (an hour on 2 cores)
     out_dir: str = 'out'                    # checkpoints, the encoded data, results.json
     overwrite: bool = False                 # run phases again whose options or input changed
-    seeds: str = ''                         # several, 0,1,2: each in its folder, then one table
+    seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'
     compile: bool = False                   # torch.compile in base, dense and sparsify
 
@@ -149,7 +149,7 @@ PHASES = dict(base=Base, dense=Dense, attn=Distil, sparsify=Sparsify, moefy=Moef
 # what each command takes of Use
 COMMANDS = dict(eval=('rule', 'tau', 'floor', 'eval_batches', 'router_loss'),
                 sample=('rule', 'tau', 'floor', 'prompt', 'n_tokens', 'temperature', 'top_k',
-                        'router_loss'),
+                        'router_loss', 'seed'),
                 export=('rule', 'tau', 'floor', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
 PRESETS = {
@@ -171,7 +171,8 @@ PRESETS = {
                  router_width=128),
 }
 # what an annotation may ask for, beside a dict of choices
-RANGES = {'> 0': ('positive', lambda v: v > 0), '0..1': ('between 0 and 1', lambda v: 0 <= v <= 1),
+RANGES = {'0,1,2': ('whole numbers with commas between', lambda v: v.replace(',', '0').isdigit()),
+          '> 0': ('positive', lambda v: v > 0), '0..1': ('between 0 and 1', lambda v: 0 <= v <= 1),
           'letters of qkvo': ('some of the letters qkvo, each once',
                               lambda v: set(v) <= set('qkvo') and len(set(v)) == len(v))}
 
@@ -235,11 +236,14 @@ def parse(argv):
         typed[name] = cast(name, value, known[name][1])
     if typed.get('preset') and typed['preset'] not in PRESETS:
         raise BadInput(f'--preset={typed["preset"]}: must be one of {", ".join(PRESETS)}')
-    preset = PRESETS.get(typed.get('preset'), {})
-    typed = {k: v for k, v in preset.items()
-             if (k, 'expert_size' in typed) != ('n_experts', True)} | typed
+    explicit, preset = set(typed), dict(PRESETS.get(typed.get('preset'), {}))
+    if 'n_experts' in typed:                # one excludes the other, a preset's too
+        typed.setdefault('expert_size', 0)
+    if typed.get('expert_size'):
+        preset.pop('n_experts', None)
+    typed = preset | typed
     typed |= implied(typed)
-    check(typed)
+    check(typed, explicit)
     return typed
 
 
@@ -247,15 +251,8 @@ def implied(typed):
     """What --data and --init_from say of --arch and --tokenizer, where these are not typed."""
     source, out = typed.get('init_from'), {}
     if source and not {'arch', 'tokenizer'} <= typed.keys():
-        if os.path.isfile(source):
-            data = read_checkpoint(source)
-            causal = data['config']['causal']
-            name = (data.get('data') or {}).get('tokenizer', 'bytes')
-        else:
-            c = load_config(source)
-            causal, name = c.causal, 'gpt2' if c.causal else 'wordpiece'
-            name = 'bytes' if c.vocab_size == 256 else name
-        out = dict(arch='gpt' if causal else 'bert', tokenizer=name)
+        c, about = peek(source)
+        out = dict(arch='gpt' if c.causal else 'bert', tokenizer=about.get('tokenizer', 'bytes'))
     elif str(typed.get('data')).endswith(('.tsv', '.jsonl')):
         out = dict(arch='bert')
     return {name: value for name, value in out.items() if name not in typed}
@@ -274,18 +271,17 @@ def ancestors(name):
     return out
 
 
-def check(typed):
-    """What options can get wrong together, and options that nothing would read."""
+def check(typed, explicit):
+    """What options can get wrong together, and explicit ones that nothing would read."""
     o = with_defaults(typed)
     if o.phase not in (*PHASES, *COMMANDS, 'all'):
         raise BadInput(f'--phase={o.phase}: must be all, {", ".join((*COMMANDS, *PHASES))}')
-    phases = ancestors(o.phase) if o.phase in PHASES else PHASES
-    used = {*own_options(Command), *LOOP, *COMMANDS['eval' if o.phase == 'all' else o.phase]} \
-        if o.phase not in PHASES else {*own_options(Command), *LOOP}
-    used = used.union(*map(own_options, phases))
-    unused = [name for name in typed if name not in used and typed.get('preset') is None]
-    if unused:
-        raise BadInput(f'--{unused[0]}: --phase={o.phase} does not use it; leave it out')
+    used = {*own_options(Command), *COMMANDS.get('eval' if o.phase == 'all' else o.phase, ())}
+    if o.phase not in ('sample', 'export'):
+        phases = ancestors(o.phase) if o.phase in PHASES else PHASES
+        used = used.union(LOOP, *map(own_options, phases))
+    for name in sorted(explicit - used) + (['seed'] if {'seed', 'seeds'} <= explicit else []):
+        raise BadInput(f'--{name}: --phase={o.phase} does not use it; leave it out')
     labelled = o.data.endswith(('.tsv', '.jsonl'))
     if labelled != (o.arch == 'bert') and o.data != 'stdlib' or o.val and not labelled:
         raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts '
@@ -299,7 +295,8 @@ def check(typed):
         raise BadInput(f'--{min(sizes)}: --init_from={o.init_from} brings its own; leave it out')
     if {'n_experts', 'expert_size'} <= typed.keys() and o.expert_size:
         raise BadInput(f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
-    if not o.init_from and max(o.expert_size, 0 if o.expert_size else o.n_experts) > 4 * o.n_embd:
+    new = not o.init_from and not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
+    if new and max(o.expert_size, 0 if o.expert_size else o.n_experts) > 4 * o.n_embd:
         name = 'expert_size' if o.expert_size else 'n_experts'
         raise BadInput(f'--{name}={getattr(o, name)}: more than the {4 * o.n_embd} neurons of '
                        'an FFN')
@@ -340,7 +337,7 @@ class Rows(NamedTuple):
 
     def text(self, i):
         tokens = self.tokens[self.ends[i - 1] if i else 0:self.ends[i]].astype(np.int64)
-        return Texts.cut(self, tokens, self.block_size)
+        return cut(tokens, self.block_size, self.closing)
 
 
 class Corpus(NamedTuple):
@@ -388,18 +385,21 @@ def open_corpus(o, folder):
         return as_corpus(o, dict(about=about, **{name: np.memmap(f, np.uint16, 'r') for name, f
                                                  in zip(('train', 'val'), bins)}))
     wanted, path = [o.data, o.val, o.tokenizer, o.arch], os.path.join(folder, 'data.pt')
+    wanted += [o.init_from] if o.tokenizer == 'wordpiece' else []
+    wanted += [o.block_size] if o.arch == 'bert' and o.data == 'stdlib' else []
     known = torch.load(path, mmap=True, weights_only=True) if os.path.isfile(path) else {}
-    files = text_files(o.data) + (text_files(o.val) if o.val else [])
+    sources = [text_files(source) for source in (o.data, o.val) if source]
+    files = sum(sources, [])
     if known.get('wanted') != wanted:
         known = {}
-    if known and files and content_hash(files) != known['about']['hash']:
-        if not o.overwrite:
+    if known and all(sources) and content_hash(files) != known['about']['hash']:
+        if not (o.overwrite and o.phase in ('all', 'base')):
             raise BadInput(f'--data={o.data}: changed since it was encoded into {path}; bring it '
                            'back, use another --out_dir, or start again with --phase=all '
                            '--overwrite=1')
         known = {}
     if not known:
-        if not sum(map(os.path.getsize, files)):
+        if not all(sources) or not sum(map(os.path.getsize, files)):
             raise BadInput(f'--data={o.data}: no such file, no texts in it, or empty')
         make_folder(folder)
         known = encode(o, files) | dict(wanted=wanted)
@@ -433,8 +433,11 @@ def as_corpus(o, known):
 
 def encode(o, files):
     """The tokens of all files and what there is to know about them, as open_corpus keeps them."""
-    about = dict(source=o.data, tokenizer=o.tokenizer, tokenizer_source=o.init_from,
-                 hash=content_hash(files), n_files=len(files))
+    about = dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(files),
+                 n_files=len(files))
+    if o.tokenizer == 'wordpiece':
+        theirs = peek(o.init_from)[1]
+        about |= {key: theirs[key] for key in theirs if key.startswith('tokenizer_')}
     if o.data == 'stdlib':
         about['source'] = f"Python {platform.python_version()}'s standard library"
     texts = tokenizer(about, o.arch == 'gpt')
@@ -543,7 +546,7 @@ def held_out(corpus, o, device):
     n = min(n, max(1, (len(corpus.val) - 1) // o.block_size))
     at = np.linspace(0, len(corpus.val) - o.block_size - 1, n).astype(int)
     return [token_batch(corpus.val, part, o.block_size, device)
-            for part in np.array_split(at, max(1, n // o.batch_size))]
+            for part in np.array_split(at, max(min(n, 2), n // o.batch_size))]
 
 
 def by_length(rows, at):
@@ -632,8 +635,9 @@ def resolve(name, typed, value, source, path):
         raise BadInput(f'{path}: holds a checkpoint of phase {own["phase"]}; give another place')
     values = vars(with_defaults({}))
     inherited = parent['options'] if parent else {}
-    others = list(siblings(os.path.dirname(path) or '.').values())
-    for options in (*(data['options'] for data in reversed(others)), inherited,
+    others = list(siblings(os.path.dirname(path) or '.').values())[::-1]
+    like_it = [data['options'] for data in others if data['phase'] == name]
+    for options in (*(data['options'] for data in others), inherited, *like_it,
                     own['options'] if own else {}):
         values |= {k: v for k, v in options.items() if k in mine}
     values |= {k: v for k, v in inherited.items() if k not in mine}
@@ -663,12 +667,14 @@ def run_phase(name, typed, value=None, source=None, path=None):
     source, path = source or usual[0], path or usual[1]
     o, parent, own = resolve(name, typed, value, source, path)
     options = own_options(name)
-    phase = cls() if cls is Dense else cls(
+    phase = cls() if hasattr(cls, 'like') else cls(
         **{field: getattr(o, option) for option, (field, _, _) in options.items()})
     phase.seed = o.seed
     if hasattr(phase, 'wanted') and not phase.wanted():
         if typed.get('phase') == name:
             raise BadInput(f'--phase={name} needs one of --{", --".join(options)} that asks for it')
+        if os.path.isfile(path):            # not any more, by --overwrite=1
+            os.remove(path)
         return
     like = getattr(cls, 'like', name)
     steps, device, corpus = getattr(o, f'{like}_steps', 0), pick_device(o), None
@@ -685,7 +691,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
             own = None
     if own and own['step'] == own['steps'] and not again:
         return print(f'{name:8s} done ({path})')
-    own = own if own and own['step'] < own['steps'] else None
+    own = None if again or own and own['step'] == own['steps'] else own
     make_folder(os.path.dirname(path) or '.')
     torch.manual_seed(o.seed)
     model = (build(parent, source) if parent else phase.create(corpus.about)).to(device)
@@ -696,7 +702,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
         made_with |= {f: value for f, value in asdict(phase).items() if f in made_with}
     record = dict(phase=name, steps=steps, metrics=notes, parent=file_hash(source) if parent
                   else None, options={**(parent['options'] if parent else {}), **made_with},
-                  data=parent['data'] if parent else corpus.about)
+                  data=parent['data'] if parent else corpus.about,
+                  asked=typed.get(getattr(cls, 'each', '')))
 
     def keep(step, optimizer=None):
         save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
@@ -781,8 +788,7 @@ def learn(phase, name, o, own, model, corpus, device, steps, keep):
                 tokens += n_tokens(batch[0])
                 with autocast:
                     loss, log = phase.loss(model, batch, (step + 1) / steps)
-                if torch.isfinite(loss):
-                    (loss / o.grad_accum).backward()
+                (loss / o.grad_accum).backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(loss + norm):                  # before it gets into the weights
                 raise FloatingPointError(
@@ -792,7 +798,7 @@ def learn(phase, name, o, own, model, corpus, device, steps, keep):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             say(step + 1, tokens, log.get('task', loss), log)
-            if stopped or time.time() - saved > SAVE_EVERY:
+            if step + 1 < steps and (stopped or time.time() - saved > SAVE_EVERY):
                 keep(step + 1, optimizer.state_dict())
                 saved = time.time()
             if stopped and step + 1 < steps:
@@ -839,20 +845,26 @@ def evaluation(typed, paths=()):
     folder = os.path.dirname(paths[0]) or '.' if paths else o.out_dir
     entries = bench.entries(siblings(folder), paths)
     make_folder(folder)
-    options = entries[-1].data['options']
-    for name in typed:
-        if name in options and name not in LOOP and name != 'router_loss' \
-                and typed[name] != options[name]:
-            raise BadInput(f'--{name}={typed[name]}: {entries[-1].path} was made with '
-                           f'{options[name]}; leave the option out')
     kinds = typed.get('router_loss', ','.join(ROUTERS)).split(',')
     entries = [e for e in entries if e.kind in ('', *kinds)]
+    for e in entries:
+        for name in typed.keys() & e.data['options'].keys() - {*LOOP, 'router_loss'}:
+            had = e.data['options'][name]
+            if typed[name] != had:
+                raise BadInput(f'--{name}={typed[name]}: {e.path} was made with {had}; leave the '
+                               'option out')
+    dense, sparse = (e.data['options'] for e in entries[:2])
+    if any(dense[key] != sparse[key] for key in own_options('dense')):
+        print('warning: dense.pt and sparse.pt were trained for other steps or at another rate: '
+              'run --phase=dense --overwrite=1')
+    options = entries[-1].data['options'] | dense
     before = bench.read_results(folder).get('config', {})
-    o = with_defaults(options | dict(eval_batches=before.get('eval_batches', o.eval_batches)) | typed)
+    o = with_defaults(options | {key: before[key] for key in ('eval_batches',) if key in before}
+                      | typed)
     corpus, device = open_corpus(o, folder), pick_device(o)
     for e in entries:
-        if e.data['data']['hash'] != corpus.about['hash']:
-            raise BadInput(f'{e.path} learned from another --data than {entries[-1].path}')
+        if (e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash']:
+            raise BadInput(f'{e.path} learned from another --data than {entries[0].path}')
     settings = dict(data=corpus.about['hash'], batches=o.eval_batches, batch_size=o.batch_size,
                     block_size=o.block_size, device=device, threads=torch.get_num_threads())
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
@@ -919,12 +931,14 @@ def run(typed):
         each = getattr(PHASES[name], 'each', None)
         values = [None]
         if each:                            # untyped: those that are there
-            first = os.path.isfile(os.path.join(o.out_dir, f'{PHASES[name].writes}.pt'))
-            there = [data['options'][each] for data in siblings(o.out_dir).values()
-                     if data['phase'] == name]
-            values = there if first and each not in typed else getattr(o, each).split(',')
-        for value in values:
-            run_phase(name, typed, value)
+            there = [data for data in siblings(o.out_dir).values() if data['phase'] == name]
+            asked = (there[0].get('asked') if there else None) or getattr(o, each)
+            values = (getattr(o, each) if each in typed else asked).split(',')
+            if each not in typed:
+                values += [data['options'][each] for data in there]
+        asked = {each: ','.join(dict.fromkeys(values))} if each else {}
+        for value in dict.fromkeys(values):
+            run_phase(name, typed | asked, value)
     if o.phase in ('all', 'eval'):
         return evaluation(typed)
 
