@@ -270,6 +270,8 @@ def evaluate(entries, batches, o, settings, folder, device):
                 row, phase = row_of(model, dense, batches), e.data['phase']
                 if kind == 'oracle':        # a ceiling: it costs nothing, and cannot be timed
                     row |= dict(ms_per_1k_tokens=None, speedup=None)
+                if not i:                   # dense against itself
+                    row['speedup'] = 1.0
                 method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
                 found[key] = dict(method=method, **what, **row)
                 found[key] |= {name: e.data['options'].get(name) for name in ('seed', 'split')}
