@@ -135,15 +135,20 @@ def n_outputs(mlp, owners):
     return len(mlp.offsets) - 1 if owners is None else len(owners)
 
 
+def two_layers(mlp, owners, width):
+    """The paper's network, random: w1 (W, D) and w2 (R, W)."""
+    D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
+    return (nn.Parameter(torch.randn(width, D) * D ** -0.5),
+            nn.Parameter(torch.randn(R, width) * width ** -0.5))
+
+
 class Norm(nn.Module):
     """The paper's: regression on the norms, in units of their RMS (dynk does not see a factor)."""
     rule = 'dynk'
 
     def __init__(self, mlp, owners, width):
         super().__init__()
-        D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
-        self.w1 = nn.Parameter(torch.randn(width, D) * D ** -0.5)
-        self.w2 = nn.Parameter(torch.randn(R, width) * width ** -0.5)
+        self.w1, self.w2 = two_layers(mlp, owners, width)
 
     def forward(self, x):                   # (T, D) -> (T, R)
         return linear(F.relu(linear(x, self.w1)), self.w2).abs()
@@ -158,11 +163,8 @@ class Active(nn.Module):
 
     def __init__(self, mlp, owners, width):
         super().__init__()
-        D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
-        self.w1 = nn.Parameter(torch.randn(width, D) * D ** -0.5)
-        self.w2 = nn.Parameter(torch.randn(R, width) * width ** -0.5)
-        self.b1 = nn.Parameter(torch.zeros(width))
-        self.b2 = nn.Parameter(torch.zeros(R))
+        self.w1, self.w2 = two_layers(mlp, owners, width)
+        self.b1, self.b2 = (nn.Parameter(torch.zeros(len(w))) for w in (self.w1, self.w2))
 
     def logits(self, x):                    # (T, D) -> (T, R)
         return linear(F.relu(linear(x, self.w1, self.b1)), self.w2, self.b2)
