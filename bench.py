@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 import kernel
-from model import (BadInput, Config, Masks, Transformer, build, cross_entropy, file_hash, n_tokens,
-                   read_checkpoint, reason, write_atomically)
+from model import (BadInput, Config, Masks, Transformer, build, checkpoint_hash, cross_entropy,
+                   n_tokens, read_checkpoint, reason, write_atomically)
 from router import GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
@@ -97,8 +98,9 @@ def entries(found, paths=()):
     finished one with routers, and what nothing else was made from; or those in `paths`, each by
     what it says of itself. BadInput if there is no dense one to compare with."""
     def entry(path, data):
-        return Entry(path, file_hash(path), data, data['config']['router_loss'])
+        return Entry(path, checkpoint_hash(path), data, data['config']['router_loss'])
 
+    given = {path: read_checkpoint(path) for path in paths}
     known = {path: entry(path, data) for path, data in found.items()}
     made_from = {data['parent'] for data in found.values()}
 
@@ -111,19 +113,19 @@ def entries(found, paths=()):
     chosen = {'dense': None, 'sparsify': None}
     for path, e in known.items():
         leaf = e.hash not in made_from and not e.data['config']['n_experts']
-        if not stands(e.data):
+        if not stands(e.data) and not paths:
             print(f'{path} is not measured: unfinished, or made from a checkpoint that is no '
                   'longer here; python train.py --overwrite=1 makes it again')
-        elif chosen.get(e.data['phase'], e) is None:
+        elif stands(e.data) and chosen.get(e.data['phase'], e) is None:
             chosen[e.data['phase']] = e
         elif not paths and (e.kind or leaf):
             chosen[path] = e
     for phase in ('dense', 'sparsify'):
         if chosen[phase] is None:
-            raise BadInput(f'there is no finished checkpoint of phase {phase} to compare with: '
-                           'make it with python train.py')
-    for path in paths:
-        data = read_checkpoint(path)
+            raise BadInput(f'there is no finished checkpoint of phase {phase} to compare with'
+                           + (f' beside {paths[0]}' if paths else '')
+                           + ': make it with python train.py')
+    for path, data in given.items():
         data = dict(phase=os.path.basename(path), parent=None, options={}, data={}, step=0,
                     steps=0) | data
         if data['step'] < data['steps']:
@@ -242,12 +244,14 @@ def evaluate(entries, batches, o, settings, folder, device):
     settings, old = settings | dict(dense=entries[0].hash), read_results(folder)
     # what was measured with other settings is kept beside it
     if old and old['settings'] != settings:
-        os.replace(path, path.replace('.json', f'-{file_hash(path)[:6]}.json'))
+        os.replace(path, path.replace('.json', f'-{int(time.time())}.json'))
         old = {}
     # by which a row is known again; those of a checkpoint that is gone go
     names, mine = jobs[0][1], {e.hash for e in entries}
-    files = {r['file'] for r in old.get('rows', ()) if os.path.isfile(r['file'])}
-    here = mine | {file_hash(file) for file in files}
+    here = set(mine)
+    for file in {r['file'] for r in old.get('rows', ())}:
+        with contextlib.suppress(BadInput):
+            here.add(checkpoint_hash(file))
     found = {tuple(r[name] for name in names): r for r in old.get('rows', ())
              if r['checkpoint'] in here}
     for r in found.values():                # a checkpoint may have moved since
@@ -807,6 +811,9 @@ def run(o, shape=Shape()):
 if __name__ == '__main__':
     import train
     o = options().parse_args()
+    given = [arg for arg in sys.argv[1:] if arg.startswith('-')]
+    if o.checkpoints and given:
+        options().error(f'{given[0]} is of a suite: leave it out beside checkpoints')
     if o.checkpoints:
         train.guarded(lambda: train.evaluation({}, o.checkpoints))
     else:

@@ -453,9 +453,14 @@ def save(model, path, **extra):
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
 
-def file_hash(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+def checkpoint_hash(path):
+    """Of what a checkpoint computes, its config and tensors: the same however often it is made."""
+    data = read_checkpoint(path)
+    digest = hashlib.sha256(repr(sorted(data['config'].items())).encode())
+    for name, t in sorted(data['model'].items()):
+        digest.update(name.encode())
+        digest.update(t.reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def reason(error):

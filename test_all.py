@@ -1282,7 +1282,7 @@ def test_bert_end_to_end(finished_bert, capsys):
     assert rows[0]['metric'] == 'accuracy' and (out / 'attn.pt').exists()
     assert all(0 <= r['accuracy'] <= 1 and 0 <= r['macro_f1'] <= 1 for r in rows)
     # sparsify started from attn, and ReLU replaced GELU
-    assert M.read_checkpoint(out / 'sparse.pt')['parent'] == M.file_hash(out / 'attn.pt')
+    assert M.read_checkpoint(out / 'sparse.pt')['parent'] == M.checkpoint_hash(out / 'attn.pt')
     model = M.load(out / 'd2dmoe.pt')
     assert model.config.activation == 'relu' and model.config.projections == 'qo'
     assert set(model.classify(['one a', 'two b two', 'c'])) <= {'class 0', 'class 1', 'class 2'}
@@ -1329,6 +1329,14 @@ def needed(arg, phase):
     """Does a phase, or one that leads to it, read this option?"""
     name = arg.partition('=')[0].removeprefix('--')
     return any(name in train.own_options(p) for p in train.ancestors(phase)) or name in train.LOOP
+
+
+def test_a_checkpoint_made_again_is_the_same(spoiled):
+    before = M.checkpoint_hash(spoiled / 'moe.pt')
+    os.remove(spoiled / 'moe.pt')
+    os.remove(spoiled / 'base.pt')
+    run(*TINY, out=spoiled)                    # nothing else has to be made again
+    assert M.checkpoint_hash(spoiled / 'moe.pt') == before
 
 
 def test_seeds_make_one_table(text, tmp_path, capsys):
@@ -1409,7 +1417,7 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
 @pytest.mark.parametrize('args, says', [
     (['--nlayer=2'], 'did you mean --n_layer?'), (['n_layer=2'], 'not of the form'),
     (['--n_layer=two'], 'must be of type int'), (['--n_layer=0'], 'must be positive'),
-    (['--base_lr=-1'], 'must not be negative'), (['--tau=1.5'], 'between 0 and 1'),
+    (['--base_lr=-1'], 'not negative'), (['--tau=1.5'], 'between 0 and 1'),
     (['--overwrite=yes'], 'must be 0 or 1'), (['--activation=elu'], 'relu, gelu, gelu_tanh'),
     (['--router_loss=norm,best'], 'must be one of norm, active, share'),
     (['--split=metis'], 'kmeans, random'), (['--attn_projections=qq'], 'letters qkvo'),
@@ -1419,6 +1427,7 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     (['--n_experts=8', '--expert_size=7'], 'give one'), (['--phase=attn'], 'make it with'),
     (['--phase=sample', '--eval_batches=3'], '--phase=sample does not use it'),
     (['--phase=export', '--n_layer=2'], 'does not use it'), (['--seeds=0,x'], 'whole numbers'),
+    (['--seeds=0,0'], 'different'), (['--base_lr=inf'], 'finite'),
     (['--seeds=0,1', '--seed=2'], 'does not use it'),
     (['--phase=sparsify', '--n_experts=8'], '--n_experts: --phase=sparsify does not use it'),
     (['--phase=export'], 'needs --to=DIR'), (['--device=cuda'], 'try --device=auto'),
@@ -1670,7 +1679,7 @@ def test_places_that_cannot_be_written_to(spoiled, tmp_path, capsys, monkeypatch
     assert 'cannot be written' in refusal('--phase=base', out='/proc/x', capsys=capsys)
     # a disk that fills while a checkpoint is written: the old one stays whole
     os.remove(spoiled / 'd2dmoe.pt')
-    before = M.file_hash(spoiled / 'moe.pt')
+    before = M.checkpoint_hash(spoiled / 'moe.pt')
 
     def full(data, path):
         open(path, 'wb').write(b'half')
@@ -1678,7 +1687,7 @@ def test_places_that_cannot_be_written_to(spoiled, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(torch, 'save', full)
     said = refusal('--phase=moefy', '--n_experts=8', '--overwrite=1', out=spoiled, capsys=capsys)
     assert 'moe.pt: cannot be written' in said and 'No space left' in said
-    assert M.file_hash(spoiled / 'moe.pt') == before and not list(spoiled.glob('*.tmp'))
+    assert M.checkpoint_hash(spoiled / 'moe.pt') == before and not list(spoiled.glob('*.tmp'))
 
 
 def test_phases_from_file_to_file(finished, tmp_path):

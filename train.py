@@ -55,7 +55,7 @@ import numpy as np
 import torch
 
 import bench
-from model import (BadInput, Config, Transformer, build, cut, export, file_hash, load,
+from model import (BadInput, Config, Transformer, build, cut, export, checkpoint_hash, load,
                    n_tokens, pad, peek, read_checkpoint, reason, save, tokenizer,
                    write_atomically)
 from moefy import Moefy
@@ -171,7 +171,9 @@ PRESETS = {
                  router_width=128),
 }
 # what an annotation may ask for, beside a dict of choices
-RANGES = {'0,1,2': ('whole numbers with commas between', lambda v: v.replace(',', '0').isdigit()),
+RANGES = {'0,1,2': ('different whole numbers, a comma between them',
+                    lambda v: all(n.isdigit() and v.split(',').count(n) == 1
+                                  for n in v.split(','))),
           '> 0': ('positive', lambda v: v > 0), '0..1': ('between 0 and 1', lambda v: 0 <= v <= 1),
           'letters of qkvo': ('some of the letters qkvo, each once',
                               lambda v: set(v) <= set('qkvo') and len(set(v)) == len(v))}
@@ -213,8 +215,8 @@ def cast(name, value, hint):
         choices = condition
     elif condition and not RANGES[condition][1](value):
         raise BadInput(f'--{name}={value}: must be {RANGES[condition][0]}')
-    elif kind in (int, float) and not value >= 0:
-        raise BadInput(f'--{name}={value}: must not be negative')
+    elif kind in (int, float) and not 0 <= value < math.inf:
+        raise BadInput(f'--{name}={value}: must be finite and not negative')
     for word in str(value).split(',') if choices else ():
         if word not in choices:
             raise BadInput(f'--{name}={word}: must be one of {", ".join(c for c in choices if c)}')
@@ -304,6 +306,10 @@ def check(typed, explicit):
         raise BadInput(f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
     if 'oracle' in o.router_loss:
         raise BadInput('--router_loss=oracle: has nothing to learn; eval shows it anyway')
+    if not o.out_dir:
+        raise BadInput('--out_dir=: give a folder')
+    if o.seeds and o.phase in ('sample', 'export'):
+        raise BadInput(f'--seeds={o.seeds}: --phase={o.phase} takes one --out_dir={o.out_dir}/sN')
     if o.phase == 'export' and not o.to:
         raise BadInput('--phase=export needs --to=DIR, a folder that is not there yet')
     if not dict(cuda=torch.cuda, mps=torch.backends.mps).get(o.device, torch.cpu).is_available():
@@ -453,6 +459,8 @@ def encode(o, files):
         tokens = np.frombuffer(chunk, np.uint8) if o.tokenizer == 'bytes' else \
             texts.encode([chunk.decode('utf-8', 'replace')])[0]
         parts['val' if i % 20 == 10 else 'train'].append(np.array(tokens, kind))
+    if not parts['val']:
+        raise BadInput(f'--data={o.data}: {len(everything)} bytes are too few')
     return dict(about=about, **{name: torch.from_numpy(np.concatenate(part))
                                 for name, part in parts.items()})
 
@@ -650,11 +658,12 @@ def resolve(name, typed, value, source, path):
     changed = [f'--{option}={values[option]}: {path} was made with {had}'
                for option, had in (own['options'].items() if own else ())
                if option in mine and values[option] != had]
-    if own and cls.reads and own['parent'] != file_hash(source):
+    if own and cls.reads and own['parent'] != checkpoint_hash(source):
         changed.append(f'{path} was made from another {source}')
     if changed and not typed.get('overwrite'):
-        raise BadInput(f'{changed[0]}; leave the option out, use another --out_dir, or run the '
-                       'phase again with --overwrite=1')
+        advice = 'leave the option out, ' if changed[0].startswith('--') else ''
+        raise BadInput(f'{changed[0]}; {advice}use another --out_dir, or run the phase again with '
+                       '--overwrite=1')
     if changed:
         print(f'{name:8s} {changed[0]}: again')
         own = None
@@ -700,7 +709,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
     made_with = {option: getattr(o, option) for option in (*LOOP, *options)}
     if not parent:                          # --init_from brings sizes of its own
         made_with |= {f: value for f, value in asdict(phase).items() if f in made_with}
-    record = dict(phase=name, steps=steps, metrics=notes, parent=file_hash(source) if parent
+    record = dict(phase=name, steps=steps, metrics=notes, parent=checkpoint_hash(source) if parent
                   else None, options={**(parent['options'] if parent else {}), **made_with},
                   data=parent['data'] if parent else corpus.about,
                   asked=typed.get(getattr(cls, 'each', '')))
@@ -846,6 +855,8 @@ def evaluation(typed, paths=()):
     entries = bench.entries(siblings(folder), paths)
     make_folder(folder)
     kinds = typed.get('router_loss', ','.join(ROUTERS)).split(',')
+    if 'router_loss' in typed and not {e.kind for e in entries} & set(kinds):
+        raise BadInput(f'--router_loss={o.router_loss}: no finished checkpoint in {folder} has it')
     entries = [e for e in entries if e.kind in ('', *kinds)]
     for e in entries:
         for name in typed.keys() & e.data['options'].keys() - {*LOOP, 'router_loss'}:
@@ -882,10 +893,10 @@ def chosen(typed, device):
     usual = os.path.join(o.out_dir, 'd2dmoe.pt')
     path = usual if usual in found else list(found)[-1]
     model, kind = build(finished(path), path).to(device), found[path]['config']['router_loss']
-    if not kind and {'tau', 'rule'} & typed.keys():
-        raise BadInput(f'--tau, --rule: {path} has no routers yet; leave them out or run '
+    if not kind and {'tau', 'rule', 'floor'} & typed.keys():
+        raise BadInput(f'--tau, --rule, --floor: {path} has no routers yet; leave them out or run '
                        '--phase=router first')
-    if kind and (o.phase == 'sample' or {'tau', 'rule'} & typed.keys()):
+    if kind and (o.phase == 'sample' or {'tau', 'rule', 'floor'} & typed.keys()):
         rule = o.rule or ROUTERS[kind].rule
         model.set_rule(rule, 0.1 if o.tau is None else o.tau, o.floor)
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
@@ -947,15 +958,24 @@ def convert(name):
     """`python moefy.py IN.pt OUT.pt --key=value`: one phase from file to file."""
     argv = sys.argv[1:]
     if len(argv) < 2 or any(arg.startswith('-') for arg in argv[:2]):
-        sys.exit(f'usage: python {os.path.basename(sys.argv[0])} IN.pt OUT.pt [--key=value ...]')
+        print(f'usage: python {os.path.basename(sys.argv[0])} IN.pt OUT.pt [--key=value ...], keys '
+              'as in python train.py --help')
+        sys.exit(0 if {'-h', '--help'} & set(argv) else 2)
 
     def job():
         source, path = argv[:2]
         if os.path.abspath(source) == os.path.abspath(path):
             raise BadInput(f'{path}: is what the phase reads; give another place to write to')
         typed = parse([*argv[2:], f'--phase={name}'])
+        for arg in argv[2:]:
+            if arg.startswith(('--phase=', '--out_dir=', '--seeds=')):
+                raise BadInput(f'{arg}: goes from {source} to {path}; leave it out')
         each = getattr(PHASES[name], 'each', None)
-        value = with_defaults(typed).__dict__[each].split(',')[0] if each else None
+        value = None
+        if each:                            # untyped: the first of the default
+            value = typed.get(each) or getattr(with_defaults({}), each).split(',')[0]
+        if value and ',' in value:
+            raise BadInput(f'--{each}={value}: one of them; {path} is one file')
         run_phase(name, typed | dict(out_dir=os.path.dirname(path) or '.'), value, source, path)
     guarded(job)
 
