@@ -40,8 +40,9 @@ GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
             threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
             topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
             cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
-# of dynk, where nobody says otherwise: hardly anything lost where it was measured; 0.2 saves a quarter more
-# of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14 points
+# of dynk, where nobody says otherwise: hardly anything lost where it was measured; 0.2 saves a
+# quarter more of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14
+# points of accuracy
 FLOOR = 0.01
 
 
