@@ -89,7 +89,7 @@ class Loop:
 @dataclass
 class Use:
     """what is done with the checkpoints: eval, sample, export"""
-    rule: Literal['', 'dynk', 'threshold', 'topk', 'cumulative'] = ''   # '' = the router's usual
+    rule: Annotated[str, {'': (), **GRID}] = ''     # '' = the router's usual
     tau: Annotated[Optional[float], '0..1'] = None  # instead of the grid; of topk the share
     floor: float = FLOOR                    # of dynk: less than it does not run; in RMS of a layer
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
@@ -211,13 +211,14 @@ def cast(name, value, hint):
     except (ValueError, KeyError):
         what = '0 or 1' if kind is bool else f'of type {kind.__name__}'
         raise BadInput(f'--{name}={value}: must be {what}') from None
-    if isinstance(condition, dict):         # names, perhaps several
+    if isinstance(condition, dict):         # names; of an `each` perhaps several
         choices = condition
     elif condition and not RANGES[condition][1](value):
         raise BadInput(f'--{name}={value}: must be {RANGES[condition][0]}')
     elif kind in (int, float) and not 0 <= value < math.inf:
         raise BadInput(f'--{name}={value}: must be finite and not negative')
-    for word in str(value).split(',') if choices else ():
+    several = any(getattr(cls, 'each', None) == name for cls in PHASES.values())
+    for word in (value.split(',') if several else [value]) if choices else ():
         if word not in choices:
             raise BadInput(f'--{name}={word}: must be one of {", ".join(c for c in choices if c)}')
     return value
@@ -393,7 +394,9 @@ def open_corpus(o, folder):
     wanted, path = [o.data, o.val, o.tokenizer, o.arch], os.path.join(folder, 'data.pt')
     wanted += [o.init_from] if o.tokenizer == 'wordpiece' else []
     wanted += [o.block_size] if o.arch == 'bert' and o.data == 'stdlib' else []
-    known = torch.load(path, mmap=True, weights_only=True) if os.path.isfile(path) else {}
+    known = {}
+    with contextlib.suppress(Exception):    # not there, or damaged: encoded again
+        known = torch.load(path, mmap=True, weights_only=True)
     sources = [text_files(source) for source in (o.data, o.val) if source]
     files = sum(sources, [])
     if known.get('wanted') != wanted:
@@ -688,19 +691,18 @@ def run_phase(name, typed, value=None, source=None, path=None):
     like = getattr(cls, 'like', name)
     steps, device, corpus = getattr(o, f'{like}_steps', 0), pick_device(o), None
     again = o.overwrite and typed.get('phase') == name
-    if parent and own and own['step'] == own['steps'] and not again:
-        return print(f'{name:8s} done ({path})')
-    if steps or not parent:                 # what the base learned from must not have changed
+    done = own and own['step'] == own['steps'] and not again
+    if not parent or steps and not done:    # what the base learned from must not have changed
         corpus = open_corpus(o, os.path.dirname(source or path) or '.')
         learned = (parent or own or {}).get('data') or corpus.about
         if learned['hash'] != corpus.about['hash']:
             if parent or not o.overwrite:
                 raise BadInput(f'{source or path} learned from another --data={o.data}; '
                                'bring that back, or start again with --phase=all --overwrite=1')
-            own = None
-    if own and own['step'] == own['steps'] and not again:
+            own = done = None
+    if done:
         return print(f'{name:8s} done ({path})')
-    own = None if again or own and own['step'] == own['steps'] else own
+    own = None if again else own
     make_folder(os.path.dirname(path) or '.')
     torch.manual_seed(o.seed)
     model = (build(parent, source) if parent else phase.create(corpus.about)).to(device)
