@@ -36,7 +36,6 @@ from model import (BadInput, Config, Masks, Transformer, build, checkpoint_hash,
 from router import GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
-
 # -------------------------------------------------------------------------------------- measuring
 
 def machine():
@@ -53,12 +52,10 @@ def machine():
                 torch=torch.__version__, triton=getattr(kernel.triton, '__version__', None),
                 python=platform.python_version())
 
-
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
-
 
 def timed(*calls):
     """(what the last call returns, seconds of all)."""
@@ -70,7 +67,6 @@ def timed(*calls):
     elif torch.backends.mps.is_available():
         torch.mps.synchronize()
     return out, time.perf_counter() - start
-
 
 def in_turn(jobs, rounds, warmup=1, n=1):
     """{name: [calls]} -> {name: median seconds of a call}. The jobs run in turn, so that a slow
@@ -84,14 +80,12 @@ def in_turn(jobs, rounds, warmup=1, n=1):
                 times[name].append(seconds / n)
     return {name: statistics.median(t) for name, t in times.items()}
 
-
 class Entry(NamedTuple):
     """A checkpoint that is to be measured."""
     path: str
     hash: str
     data: dict
     kind: str                               # of its routers; '' = none
-
 
 def entries(found, paths=()):
     """The checkpoints to measure, dense and sparse first. Of a folder's {path: checkpoint}: every
@@ -134,7 +128,6 @@ def entries(found, paths=()):
             chosen[path] = entry(path, data)
     return list(chosen.values())
 
-
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
     a rule of their own run with top-k, too: it is the control. The oracle replaces the first
@@ -149,7 +142,6 @@ def jobs_of(entries, o):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
     return jobs
 
-
 def classification(predicted, labels):
     """Accuracy, and F1 averaged over the classes that occur: predicted and labels (n,)."""
     scores = []
@@ -157,7 +149,6 @@ def classification(predicted, labels):
         hits = ((predicted == c) & (labels == c)).sum().item()
         scores.append(2 * hits / ((predicted == c).sum() + (labels == c).sum()).item())
     return (predicted == labels).float().mean().item(), statistics.mean(scores)
-
 
 @torch.inference_mode()
 def row_of(model, dense, batches):
@@ -210,7 +201,6 @@ def row_of(model, dense, batches):
         row |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=half)
     return row
 
-
 @torch.no_grad()
 def activity(model, batches):
     """How sparse each MLP is over all tokens: (MLPs, 4), see sparsify.statistics."""
@@ -222,7 +212,6 @@ def activity(model, batches):
     weights = [n_tokens(inputs) for inputs, _ in batches]
     return np.average(found, axis=0, weights=weights).tolist()
 
-
 def read_results(folder):
     """results.json of a folder; {} if there is none that can be read."""
     try:
@@ -232,10 +221,8 @@ def read_results(folder):
     except (OSError, ValueError, AttributeError):
         return {}
 
-
 def write_json(path, content):
     write_atomically(path, lambda t: Path(t).write_text(json.dumps(content, indent=1)))
-
 
 def evaluate(entries, batches, o, settings, folder, device):
     """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
@@ -298,7 +285,6 @@ def evaluate(entries, batches, o, settings, folder, device):
     report(entries, shown, results['activity'], batches, folder)
     return results
 
-
 # -------------------------------------------------------------------------------------- tables
 
 # title: key of a row, width, format
@@ -306,7 +292,6 @@ COLUMNS = {'experts': ('experts', 9, '.1%'), 'FLOPs': ('flops', 8, '.1%'),
            'loss': ('loss', 9, '.4f'), 'vs dense': ('delta', 10, '+.2%'),
            'ms/1k tok': ('ms_per_1k_tokens', 11, '.2f'), 'speedup': ('speedup', 9, '.2f'),
            'accuracy': ('accuracy', 10, '.2%'), 'macro-F1': ('macro_f1', 10, '.2%')}
-
 
 def print_table(rows, columns):
     """A line for each row; columns without a figure are left out, means have half their spread."""
@@ -322,7 +307,6 @@ def print_table(rows, columns):
             line += f'{text:>{width}}'
         print(line)
 
-
 def setting(r):
     """What a row's tau column says."""
     if r['rule'] is None:
@@ -331,7 +315,6 @@ def setting(r):
         return f'top-{r["k"]}'
     usual = ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
-
 
 def report(entries, rows, activity, batches, folder):
     """The table and what follows from it, its picture, and masks for --routing."""
@@ -361,7 +344,6 @@ def report(entries, rows, activity, batches, folder):
     print(f'\n{os.path.join(folder, "results.json")} has every row'
           + plot_rows(rows, os.path.join(folder, 'results.png')))
 
-
 def print_choice(rows):
     """The cheapest row of every router and rule, and how the rules do against top-k."""
     dense, choice, routed = rows[0], picked(rows), curves(rows)
@@ -383,7 +365,6 @@ def print_choice(rows):
             print(f'  {name:8s}{rule} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on '
                   f'average, {max(gap):+.2%} at worst, over {len(gap)} points')
 
-
 def curves(rows):
     """{(router, rule): its rows} of the routed ones."""
     out = {}
@@ -391,7 +372,6 @@ def curves(rows):
         if r['rule']:
             out.setdefault((r['router_loss'], r['rule']), []).append(r)
     return out
-
 
 def picked(rows):
     """{(router, rule): its cheapest row within 1 % of dense by the half that is not reported}: of
@@ -403,13 +383,11 @@ def picked(rows):
         fits = [r for r in rows if r['loss_pick'] <= 1.01 * dense['loss_pick']]
     return {key: min(curve, key=lambda r: r['flops']) for key, curve in curves(fits).items()}
 
-
 def flops_gap(curve, other):
     """Relative loss of a curve's points against another curve, interpolated to equal FLOPs."""
     x, y = zip(*sorted((r['flops'], r['loss']) for r in other))
     return [r['loss'] / np.interp(r['flops'], x, y) - 1
             for r in curve if x[0] <= r['flops'] <= x[-1]]
-
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
@@ -430,7 +408,6 @@ def print_seeds(results, path):
     write_json(path, dict(machine=machine(), seeds=seeds, rows=rows))
     print(f'\n{path} has every row')
 
-
 # -------------------------------------------------------------------------------------- pictures
 
 def pyplot():
@@ -443,7 +420,6 @@ def pyplot():
     import matplotlib.pyplot
     return matplotlib.pyplot
 
-
 def draw(path, lines, **about):
     """A picture of lines, each its points and how it looks."""
     plt = pyplot()
@@ -455,7 +431,6 @@ def draw(path, lines, **about):
     axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=150, bbox_inches='tight')
     plt.close(figure)
-
 
 def plot_rows(rows, path):
     """Loss or accuracy against FLOPs, a line for each router and rule. Returns what to say."""
@@ -481,7 +456,6 @@ def plot_rows(rows, path):
         return f'; {error}'
     return f'; {path} shows it'
 
-
 def plot_layers(rows, path):
     """Time against executed experts, dense as a line."""
     lines = [([(0, 1), (1, 1)], dict(color='black', lw=0.8, label='the fastest dense')),
@@ -495,7 +469,6 @@ def plot_layers(rows, path):
             lines.append((points, dict(marker='o', ms=3, ls=style, label=f'T {T}, experts of {s}')))
     draw(path, lines, xlabel='share of neurons run', ylabel='time (1 = dense)', xlim=(0, 1.02),
          ylim=0)
-
 
 # -------------------------------------------------------------------------------------- suites
 #
@@ -513,7 +486,6 @@ class Shape(NamedTuple):
     vocab_size: int = 50257
     prefill: tuple = (8, 512)
 
-
 def make_layers(shape, dtype, device):
     """[Experts] of random MLPs with one expert each, so many that no cache holds them."""
     cache = 4 * torch.cuda.get_device_properties(0).L2_cache_size if device == 'cuda' else 0
@@ -526,10 +498,8 @@ def make_layers(shape, dtype, device):
     return [kernel.Experts(make(H, D), make(H), make(H, D), make(D), one, 'relu')
             for _ in range(n)]
 
-
 def dense_mlp(x, w_in, b_in, w_out, b_out, linear=F.linear):
     return linear(F.relu(linear(x, w_in, b_in)), w_out, b_out)
-
 
 def dense_jobs(layers, x):
     """Everything torch offers for a dense ReLU MLP that works here."""
@@ -553,7 +523,6 @@ def dense_jobs(layers, x):
             jobs[name] = calls
     return jobs
 
-
 def routed(layers, x, masks, impl):
     """Experts of equal size by masks that are used in turn."""
     H, E = len(layers[0].w_in), masks[0].shape[1]
@@ -562,7 +531,6 @@ def routed(layers, x, masks, impl):
     turns = zip(itertools.cycle(layers), itertools.cycle(shares))
     return [partial(kernel.experts, x, mask, m._replace(offsets=offsets), impl, share)
             for m, (mask, share) in itertools.islice(turns, len(layers) * len(masks))]
-
 
 def layer_suite(o, device, shape):
     """T x expert size x rho x dtype: one MLP, dense and routed in turn; then whether time is linear
@@ -605,7 +573,6 @@ def layer_suite(o, device, shape):
               f'{slope:.3f} rho of dense, R^2 = {r2:.4f}')
     return rows
 
-
 def layer_rows(o, shape, layers, x, masks, roof):
     """The rows of some tokens by masks {(suite, s, rho): [mask]}, printed."""
     T, n, rows = len(x), max(1, min(len(layers), 768 // len(x))), []
@@ -644,7 +611,6 @@ def layer_rows(o, shape, layers, x, masks, roof):
                   f'{row["of_limit"]:9.2f}', flush=True)
     return rows
 
-
 def read_routing(path):
     """Masks, D and H of a trained model. BadInput if the file is none of train.py's."""
     try:
@@ -656,7 +622,6 @@ def read_routing(path):
     except Exception as error:
         raise BadInput(f'--routing={path}: not a file of masks as python train.py --phase=eval '
                        f'writes it ({reason(error)})') from None
-
 
 def model_suite(o, device, shape):
     """A whole GPT-2, random weights, prefill or decode: dense against random routers whose top-k
@@ -698,7 +663,6 @@ def model_suite(o, device, shape):
               flush=True)
     return rows
 
-
 def peers_suite(o, device, shape):
     """The layer by what one would pick instead; every token runs k = rho E, so that all can."""
     rows, layers = [], make_layers(shape, torch.float32, device)
@@ -727,7 +691,6 @@ def peers_suite(o, device, shape):
         print(f'T {T:5d} size {s:4d} rho {rho:5.3f}   ' + '   '.join(
             f'{name} {times["dense"] / t:.2f}' for name, t in times.items()), flush=True)
     return rows
-
 
 def peers(layers, x, s, chosen):
     """The routed layer as others write it."""
@@ -764,11 +727,9 @@ def peers(layers, x, s, chosen):
         jobs['transformers (gated)'] = [partial(block, x[None])]
     return jobs
 
-
 # -------------------------------------------------------------------------------------- command
 
 SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=peers_suite)
-
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -783,7 +744,6 @@ def options():
     add('--json', metavar='FILE', help='write a JSON line for each row')
     add('--plot', metavar='FILE.png', help='draw the layer suite')
     return parser
-
 
 def run(o, shape=Shape()):
     """Run one suite; what cannot work is refused before the measurement, not after it."""
@@ -806,7 +766,6 @@ def run(o, shape=Shape()):
     if o.plot and o.suite == 'layer':
         plot_layers(rows, o.plot)
     return rows
-
 
 if __name__ == '__main__':
     import train

@@ -45,7 +45,6 @@ FEW = 16
 ACTIVATIONS = {'relu': F.relu, 'gelu': F.gelu,
                'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}
 
-
 class Experts(NamedTuple):
     """An FFN sorted by expert: expert e owns the rows offsets[e]:offsets[e+1] of both matrices."""
     w_in: torch.Tensor                 # (H, D)
@@ -54,7 +53,6 @@ class Experts(NamedTuple):
     b_out: Optional[torch.Tensor]      # (D)
     offsets: torch.Tensor              # (E+1) int32
     act: str
-
 
 def experts(x, mask, bundle, impl=None, rho=None):
     """The FFN by those experts that `mask` chooses for each token: x (T, D) -> (T, D).
@@ -77,7 +75,6 @@ def experts(x, mask, bundle, impl=None, rho=None):
         return experts_op(x, mask, *bundle, impl, rho)
     return IMPLS[impl](x, mask, bundle, rho)
 
-
 # The dispatcher: the first row that fits serves while rho < limit and, with a width, < s / width;
 # beyond these dense is faster.
 ANY, INF = None, math.inf
@@ -98,7 +95,6 @@ CHOICES = [
     # (1), where computing everything and masking it reaches 0.94 to 0.98.
     ('cpu', ANY, ANY, INF, 'cpp', math.nextafter(0.7, 1), 0),
 ]
-
 
 def choose(x, mask, bundle, rho=None):
     """Which of IMPLS is the fastest for these inputs. Dense is an allowed answer."""
@@ -121,7 +117,6 @@ def choose(x, mask, bundle, rho=None):
         rho = mask.sum().item() / max(1, mask.numel())
     return impl if (0.25 if rho is None else rho) < limit else 'dense'
 
-
 # ------------------------------------------------------------------------------------ plain torch
 
 def linear(x, weight, bias=None):
@@ -139,15 +134,12 @@ def linear(x, weight, bias=None):
     f = fastest_linear(rows, tuple(weight.shape), weight.is_contiguous(), x.dtype)
     return f(x, weight, bias)
 
-
 def onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-
 
 def in_fp32(x, weight, bias=None):
     """For half precision on CPUs without units for it: there converting everything is faster."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
 
 @functools.cache
 def fastest_linear(rows, shape, contiguous, dtype):
@@ -167,10 +159,8 @@ def fastest_linear(rows, shape, contiguous, dtype):
             pass
     return min(best, key=lambda f: min(best[f][1:]))
 
-
 def neuron_mask(mask, offsets, n_hidden):  # (T, E) -> (T, H)
     return mask.repeat_interleave(offsets.diff().long(), -1, output_size=n_hidden)
-
 
 def reference(x, mask, bundle):
     """The definition of `experts`, differentiable: computes everything and masks it."""
@@ -178,7 +168,6 @@ def reference(x, mask, bundle):
     dropped = ~neuron_mask(mask, offsets, len(w_in))
     a = ACTIVATIONS[act](F.linear(x, w_in, b_in)).masked_fill(dropped, 0)  # (T, H)
     return F.linear(a, w_out.t(), b_out)
-
 
 def dense_masked(x, mask, bundle, rho=None):
     """Computes everything, block of tokens by block of tokens, and zeroes what was not chosen."""
@@ -198,7 +187,6 @@ def dense_masked(x, mask, bundle, rho=None):
         y[rows] = linear(a, w_out.t(), b_out)
     return y
 
-
 def expert_loop(x, mask, bundle, rho=None):
     """The best that plain torch has: gather an expert's tokens, two products, add the rows back."""
     w_in, b_in, w_out, b_out, offsets, act = bundle
@@ -211,7 +199,6 @@ def expert_loop(x, mask, bundle, rho=None):
             h = ACTIVATIONS[act](linear(x[rows], w_in[lo:hi], bias))  # (rows, s)
             y.index_add_(0, rows, (h @ w_out[lo:hi]).to(y.dtype))
     return (y if b_out is None else y + b_out).to(x.dtype)
-
 
 # -------------------------------------------------------------------------------------- attention
 
@@ -232,7 +219,6 @@ class Layout(NamedTuple):
         x = x.reshape(self.B * self.L, *x.shape[2:])
         return x if self.index is None else x[self.index]
 
-
 class LayerCache:
     """Keys and values of one layer, (B, heads, size, d), of which the first n are filled."""
 
@@ -249,7 +235,6 @@ class LayerCache:
         self.n = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-
 def attention(q, k, v, layout, cache=None, dropout=0.0):
     """q, k, v (T, heads, d) -> (T, heads, d): every token looks at those of its own sequence."""
     q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, d)
@@ -259,7 +244,6 @@ def attention(q, k, v, layout, cache=None, dropout=0.0):
     causal = layout.causal and layout.mask is None and q.shape[2] > 1
     y = F.scaled_dot_product_attention(q, k, v, layout.mask, dropout, is_causal=causal)
     return layout.pack(y.transpose(1, 2))
-
 
 # ----------------------------------------------------------------------------------------- Triton
 #
@@ -295,11 +279,9 @@ TILES = {
     ('hip', 4): [(128, 64, 32, 32, 8, 2), (64, 32, 32, 32, 4, 2), (16, 32, 32, 32, 4, 2)],
 }
 
-
 def jit(kernel):
     # a new number of tokens must not compile a new kernel
     return triton.jit(kernel, do_not_specialize=['T']) if triton else kernel
-
 
 @jit
 def activate(h, ACT: tl.constexpr):
@@ -312,7 +294,6 @@ def activate(h, ACT: tl.constexpr):
         # gelu_tanh, where (1 + tanh z) / 2 = sigmoid(2z)
         h = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
     return h
-
 
 @jit
 def dispatch_kernel(mask, idx, count, T, E, LEN,
@@ -332,7 +313,6 @@ def dispatch_kernel(mask, idx, count, T, E, LEN,
     rank = start[None, :] + tl.cumsum(run, 0) - run  # (BT, BE)
     token = tl.broadcast_to((t - chunk * CHUNK)[:, None], (BT, BE))
     tl.store(idx + column[None, :].to(tl.int64) * LEN + rank, token, mask=run != 0)
-
 
 @jit
 def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN: tl.constexpr,
@@ -396,7 +376,6 @@ def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN:
             wanted = is_token[:, None] & in_d[None, :]
             tl.atomic_add(y + row[:, None] + d[None, :], out, mask=wanted, sem='relaxed')
 
-
 @jit
 def decode_kernel(x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT: tl.constexpr,
                   BE: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr):
@@ -426,11 +405,9 @@ def decode_kernel(x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT: tl.constexp
         out = tl.sum(w2.to(tl.float32) * h[:, None], 0)  # (BD)
         tl.atomic_add(y + t * D + d, out, mask=d < D, sem='relaxed')
 
-
 def compiler_options(target):
     # AMD: 16 x 16 matrix instructions, because with 32 x 32 the fp32 tiles spill scalar registers.
     return dict(enable_fp_fusion=True) | (dict(matrix_instr_nonkdim=16) if target == 'hip' else {})
-
 
 @functools.cache
 def gpu_target(device):
@@ -443,7 +420,6 @@ def gpu_target(device):
     target = 'hip' if torch.version.hip else target
     return target, properties.multi_processor_count, compiler_options(target)
 
-
 def choose_tile(tiles, tokens, E, s, chunks, processors):
     """The largest tile, as it reads the least, that is not mostly padding and keeps half of the
     processors busy, else the smallest; and how many items it makes of E experts of s neurons."""
@@ -453,7 +429,6 @@ def choose_tile(tiles, tokens, E, s, chunks, processors):
         if SB < max(2 * s, 64) and BM <= tokens and 2 * items * chunks >= processors:
             break
     return tile, items
-
 
 def triton_experts(x, mask, bundle, rho=None):
     """`experts` on a GPU. Nothing here looks at the mask or the offsets: `rho` only sizes tiles and
@@ -502,7 +477,6 @@ def triton_experts(x, mask, bundle, rho=None):
             num_warps=num_warps, num_stages=num_stages, **options)
     return y.to(x.dtype)
 
-
 # -------------------------------------------------------------------------------------------- C++
 
 FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC']
@@ -510,14 +484,12 @@ FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC']
 NATIVE = [['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
 PID = os.getpid()
 
-
 class Job(ctypes.Structure):
     """As in the source below."""
     pointers = 'x', 'mask', 'w_in', 'b_in', 'w_out', 'b_out', 'offsets', 'y'
     _fields_ = [*((name, ctypes.c_void_p) for name in pointers),
                 *((name, ctypes.c_int64) for name in 'TDE'),
                 *((name, ctypes.c_int) for name in ('act', 'threads'))]
-
 
 def cpu_name():
     """What -march=native depends on."""
@@ -527,7 +499,6 @@ def cpu_name():
             return ''.join(sorted({line for line in f if line.startswith(kinds)}))
     except OSError:
         return platform.machine() + platform.processor()
-
 
 def compile_cpp(cxx):
     """Path of the shared library, compiled unless the cache has it."""
@@ -554,7 +525,6 @@ def compile_cpp(cxx):
                 done.stderr = str(error)
     raise OSError(done.stderr.strip()[-2000:])
 
-
 @functools.cache
 def library():
     """The compiled kernel, or None (with one warning that says why) where it can't be built."""
@@ -568,11 +538,9 @@ def library():
         why = f'building the C++ kernel failed: experts run in plain torch, slowly\n{error}'
         warnings.warn(why)
 
-
 @torch.compiler.assume_constant_result
 def have_cpp():
     return library() is not None
-
 
 def cpp_experts(x, mask, bundle, rho=None, path=None):
     """`experts` on a CPU, in fp32 or bf16. path: 'few' or 'many' tokens, None: by their number."""
@@ -597,16 +565,13 @@ def cpp_experts(x, mask, bundle, rho=None, path=None):
         library().run(ctypes.byref(job), x.dtype == torch.bfloat16, few)
     return y
 
-
 # What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
 IMPLS = dict(triton=triton_experts, cpp=cpp_experts, torch=expert_loop, dense=dense_masked)
-
 
 def experts_flat(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor,
                  b_in: Optional[torch.Tensor], w_out: torch.Tensor, b_out: Optional[torch.Tensor],
                  offsets: torch.Tensor, act: str, impl: str, rho: Optional[float]) -> torch.Tensor:
     return IMPLS[impl](x, mask, Experts(w_in, b_in, w_out, b_out, offsets, act), rho)
-
 
 experts_op = torch.library.custom_op('d2dmoe::experts', experts_flat, mutates_args=())
 experts_op.register_fake(lambda x, *_: x.new_empty(x.shape))

@@ -30,10 +30,8 @@ from kernel import (ACTIVATIONS, Experts, LayerCache, Layout, attention, experts
                     neuron_mask)
 from router import FLOOR, GRID, Router
 
-
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
-
 
 @dataclass
 class Config:
@@ -62,19 +60,16 @@ class Config:
     tau: float = 0.0
     floor: float = 0.0                  # of dynk, in units of the layer's RMS norm
 
-
 # -------------------------------------------------------------------------------------- modules
 
 class Masks(list):
     """A tap that wants only what each MLP chose: the model runs its fast path."""
-
 
 class Linear(nn.Linear):
     """nn.Linear on the fastest dense linear of the device."""
 
     def forward(self, x, tap=None):
         return linear(x, self.weight, self.bias)
-
 
 class MLP(nn.Module):
     """The FFN of every block, and what a replaced attention projection becomes."""
@@ -116,7 +111,6 @@ class MLP(nn.Module):
             p.copy_(p[order])
         self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
 
-
 class Attention(nn.Module):
 
     def __init__(self, config):
@@ -133,7 +127,6 @@ class Attention(nn.Module):
                    for project in (self.q, self.k, self.v))      # (T, n_head, d)
         y = attention(q, k, v, layout, cache, self.dropout if self.training else 0.0)
         return self.o(y.flatten(1), tap)
-
 
 class Block(nn.Module):
 
@@ -152,7 +145,6 @@ class Block(nn.Module):
             return x + self.drop(self.mlp(self.ln_2(x), tap))
         x = self.ln_1(x + self.drop(self.attn(x, layout, cache, tap)))
         return self.ln_2(x + self.drop(self.mlp(x, tap)))
-
 
 class Transformer(nn.Module):
 
@@ -357,21 +349,17 @@ class Transformer(nn.Module):
         out['total'] = sum(out.values())
         return out
 
-
 def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
 
-
 def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
-
 
 def n_tokens(inputs):
     """Tokens that are not padding in what encode takes."""
     return int(inputs['attention_mask'].sum()) if 'attention_mask' in inputs \
         else inputs['idx'].numel()
-
 
 def pad(sequences, device='cpu'):
     """Lists of tokens -> what encode takes, (B, L) each: the padding is never run."""
@@ -380,7 +368,6 @@ def pad(sequences, device='cpu'):
     idx = torch.zeros(mask.shape, dtype=torch.long)
     idx[mask] = torch.cat([torch.as_tensor(s, dtype=torch.long) for s in sequences])
     return dict(idx=idx.to(device), attention_mask=mask.to(device))
-
 
 # -------------------------------------------------------------------------------------- texts
 
@@ -392,11 +379,9 @@ class Texts(NamedTuple):
     closing: int = 0                    # tokens that close a text and survive a cut
     json: str = ''                      # wordpieces: all there is to know of them
 
-
 def cut(ids, length, closing):
     """At most `length` tokens, the closing ones among them."""
     return ids if len(ids) <= length else [*ids[:length - closing], *ids[len(ids) - closing:]]
-
 
 def tokenizer(about, causal):
     """The Texts of what a checkpoint or the options say: tokenizer 'bytes', 'gpt2' (tiktoken) or
@@ -427,7 +412,6 @@ def tokenizer(about, causal):
     return Texts(lambda texts: [e.ids for e in enc.encode_batch(texts)], enc.decode,
                  enc.get_vocab_size(), 0 if causal else 1, enc.to_str())
 
-
 # -------------------------------------------------------------------------------------- checkpoints
 
 def write_atomically(path, write):
@@ -446,12 +430,10 @@ def write_atomically(path, write):
         if os.path.exists(temporary):
             os.remove(temporary)
 
-
 def save(model, path, **extra):
     """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
     data = dict(config=asdict(model.config), model=model.state_dict(), data=model.about) | extra
     write_atomically(path, lambda temporary: torch.save(data, temporary))
-
 
 def checkpoint_hash(path):
     """Of what a checkpoint computes, its config and tensors: the same however often it is made."""
@@ -462,12 +444,10 @@ def checkpoint_hash(path):
         digest.update(t.reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-
 def reason(error):
     """The first line of an exception of somebody else's, or its kind: some say nothing."""
     text = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
     return textwrap.shorten(text.splitlines()[0], 160, placeholder=' ...')
-
 
 def read_checkpoint(path):
     """The dict of a checkpoint, its tensors mapped from the file. BadInput if it is none."""
@@ -482,7 +462,6 @@ def read_checkpoint(path):
         raise BadInput(f'{path}: not a d2dmoe checkpoint (it has no config and model)')
     return data
 
-
 def build(data, path='checkpoint'):
     """The model of a checkpoint's dict, in eval mode and without gradients."""
     try:
@@ -495,7 +474,6 @@ def build(data, path='checkpoint'):
                        f'({textwrap.shorten(why, 160)})') from None
     model.about = data.get('data') or {}
     return model.eval().requires_grad_(False)
-
 
 def load(where, n_classes=0):
     """A checkpoint, an exported folder, or a published GPT-2 or BERT (folder or name) ->
@@ -525,9 +503,7 @@ def load(where, n_classes=0):
             state.setdefault(f'{name}.bias', torch.zeros(n))
     return build(dict(config=config, model=state, data=data.get('data')), where)
 
-
 from_pretrained = load
-
 
 def peek(where):
     """(Config, what is known of the data) of what load(where) would read, without its weights."""
@@ -538,7 +514,6 @@ def peek(where):
     c = published_config(where)[1]
     name = 'bytes' if c.vocab_size == 256 else 'gpt2' if c.causal else 'wordpiece'
     return c, dict(tokenizer=name, tokenizer_source=where)
-
 
 # -------------------------------------------------------------------------------------- published
 #
@@ -571,7 +546,6 @@ ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', re
 ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, is_decoder=False,
             add_cross_attention=False, position_embedding_type='absolute', tie_word_embeddings=True)
 
-
 def transformers():
     """The library, quiet. BadInput says how to install it."""
     try:
@@ -581,7 +555,6 @@ def transformers():
     library.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library
-
 
 def published(model):
     """[(their name, our names, whether theirs is ours transposed)], routing left out."""
@@ -596,7 +569,6 @@ def published(model):
             out.setdefault(theirs, ([], turned))[0].append(name)
     return [(theirs, ours, turned) for theirs, (ours, turned) in out.items()]
 
-
 def published_class(c):
     """The class of transformers for a Config, and a prefix that its tensors lack."""
     library = transformers()
@@ -604,7 +576,6 @@ def published_class(c):
         return library.GPT2LMHeadModel, ''
     heads = dict(cls=library.BertForSequenceClassification, mlm=library.BertForMaskedLM)
     return (heads[c.head], '') if c.head else (library.BertModel, 'bert.')
-
 
 def published_config(where, n_classes=0):
     """(transformers' config of a published model, our Config). BadInput says what is not ours."""
@@ -634,7 +605,6 @@ def published_config(where, n_classes=0):
         elif kind in ('BertForMaskedLM', 'BertForPreTraining') and not n_classes:
             c.head, c.pooler = 'mlm', False
     return j, c
-
 
 def read_published(where, n_classes=0):
     """A published folder or name -> a checkpoint's dict, in fp32. Every parameter comes from the
@@ -671,7 +641,6 @@ def read_published(where, n_classes=0):
         about['classes'] = [str(j.id2label[i]) for i in range(c.n_classes)]
     return dict(config=asdict(c), model=state, data=about)
 
-
 def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and its routing into
     d2dmoe.pt beside it; with replaced projections, which no plain model has, all goes there.
@@ -689,7 +658,6 @@ def export(model, folder):
                    os.path.join(folder, 'd2dmoe.pt'))
     except (OSError, RuntimeError) as error:
         raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
-
 
 def export_plain(model, folder):
     """The folder's part for transformers: config.json, model.safetensors, the tokenizer."""

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 
 from model import BadInput
 
-
 def expert_sizes(n_hidden, n_experts):
     """Sizes as equal as they get, the larger ones first: they sum to n_hidden."""
     if not 1 <= n_experts <= n_hidden:
@@ -37,13 +36,11 @@ def expert_sizes(n_hidden, n_experts):
     small, larger = divmod(n_hidden, n_experts)
     return torch.tensor([small + 1] * larger + [small] * (n_experts - larger))
 
-
 def objective(x, cluster, n_experts):
     """J: the sum of squared distances to the cluster means; x (H, D), cluster (H,) in 0..E-1."""
     sums = x.new_zeros(n_experts, x.shape[1]).index_add_(0, cluster, x)
     counts = cluster.bincount(minlength=n_experts).clamp_min(1)
     return (x.square().sum() - (sums.square().sum(1) / counts).sum()).item()
-
 
 def balanced_assignment(affinity, sizes):
     """Greedy assignment to clusters of given sizes: affinity (H, E) -> cluster (H,).
@@ -65,7 +62,6 @@ def balanced_assignment(affinity, sizes):
         room -= wish[taken].bincount(minlength=E)
         free = free[cluster[free] < 0]
     return cluster
-
 
 def swap_until_optimal(x, cluster, sizes):
     """Swap pairs of neurons until none lowers J: best pairs first, one swap a cluster and round."""
@@ -121,7 +117,6 @@ def swap_until_optimal(x, cluster, sizes):
         changed[list(touched)] = True
     return cluster
 
-
 def balanced_kmeans(x, n_experts, seed=0, iterations=20):
     """Clusters of (nearly) equal size, locally optimal under swaps: x (H, D) -> cluster (H,)."""
     x = x.detach().float().cpu()
@@ -141,16 +136,13 @@ def balanced_kmeans(x, n_experts, seed=0, iterations=20):
         centres = sums / sizes[:, None]
     return swap_until_optimal(x, best, sizes)
 
-
 def normalised_rows(mlp):
     """What a neuron listens to, not how loudly: (H, D)."""
     return F.normalize(mlp.w_in.detach().float().cpu(), dim=-1)
 
-
 def kmeans(mlp, n_experts, seed=0):
     """The paper's: balanced k-means on the normalised rows of w_in -> cluster (H,)."""
     return balanced_kmeans(normalised_rows(mlp), n_experts, seed)
-
 
 def deal(mlp, n_experts, seed=0):
     """The control: the same sizes, neurons dealt at random -> cluster (H,)."""
@@ -161,9 +153,7 @@ def deal(mlp, n_experts, seed=0):
     cluster[order] = torch.arange(n_experts).repeat_interleave(sizes)
     return cluster
 
-
 SPLITS = dict(kmeans=kmeans, random=deal)
-
 
 def split_mlp(mlp, n_experts, split='kmeans', seed=0):
     """Sort one MLP's neurons into experts, in place. Returns J of the split and of a random one."""
@@ -173,7 +163,6 @@ def split_mlp(mlp, n_experts, split='kmeans', seed=0):
                          cluster.bincount(minlength=n_experts).cumsum(0)])
     mlp.sort_neurons(cluster.argsort(stable=True).to(mlp.w_in.device), offsets)
     return objective(x, cluster, n_experts), objective(x, dealt, n_experts)
-
 
 @dataclass
 class Moefy:
@@ -208,7 +197,6 @@ class Moefy:
 
     def parameters(self, model):
         return []                       # nothing to learn
-
 
 if __name__ == '__main__':
     import train

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 
 from kernel import ACTIVATIONS, linear
 
-
 # -------------------------------------------------------------------------------------- rules
 
 # the values of tau that an evaluation tries, by rule
@@ -44,7 +43,6 @@ GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
 # quarter more of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14
 # points of accuracy
 FLOOR = 0.01
-
 
 def select(score, rule, tau=0.0, floor=0.0):
     """The outputs that each token runs: score (T, R) >= 0 -> bool (T, R).
@@ -76,11 +74,9 @@ def select(score, rule, tau=0.0, floor=0.0):
         return torch.zeros_like(chosen).scatter_(-1, index, chosen)
     raise ValueError(f'rule must be one of {", ".join(GRID)}, not {rule!r}')
 
-
 def to_slices(chosen, owners):
     """A slice runs if any chosen output owns it: (T, R) bool, owners (R, E) bool -> (T, E) bool."""
     return chosen if owners is None else (chosen.float() @ owners.float()) > 0
-
 
 # -------------------------------------------------------------------------------------- true norms
 
@@ -89,7 +85,6 @@ class Grams(NamedTuple):
     index: torch.Tensor                     # (R, s) int64
     valid: torch.Tensor                     # (R, s) bool
     gram: torch.Tensor                      # (R, s, s)
-
 
 def neuron_index(offsets, owners=None):
     """-> index (R, s) and valid (R, s): which neurons belong to which output."""
@@ -106,20 +101,17 @@ def neuron_index(offsets, owners=None):
         valid[r, :len(neurons)] = True
     return index, valid
 
-
 def grams(w_out, offsets, owners=None):
     """w_out (H, D) -> Grams."""
     index, valid = (t.to(w_out.device) for t in neuron_index(offsets, owners))
     w = w_out[index] * valid[..., None]     # (R, s, D)
     return Grams(index, valid, w @ w.transpose(1, 2))
 
-
 def expert_norms(a, g):
     """The exact L2 norm of each output: activations a (T, H), Grams -> (T, R)."""
     a = (a[:, g.index] * g.valid).transpose(0, 1)                # (R, T, s)
     # rounding may dip below 0
     return ((a @ g.gram) * a).sum(-1).clamp_min(0).sqrt().T
-
 
 # -------------------------------------------------------------------------------------- kinds
 
@@ -131,17 +123,14 @@ class Seen(NamedTuple):
     scale: torch.Tensor                     # () RMS of the norms in this layer
     grams: Grams
 
-
 def n_outputs(mlp, owners):
     return len(mlp.offsets) - 1 if owners is None else len(owners)
-
 
 def two_layers(mlp, owners, width):
     """The paper's network, random: w1 (W, D) and w2 (R, W)."""
     D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
     return (nn.Parameter(torch.randn(width, D) * D ** -0.5),
             nn.Parameter(torch.randn(R, width) * width ** -0.5))
-
 
 class Norm(nn.Module):
     """The paper's: regression on the norms, in units of their RMS (dynk does not see a factor)."""
@@ -156,7 +145,6 @@ class Norm(nn.Module):
 
     def loss(self, seen):
         return F.mse_loss(self(seen.x), seen.norms / seen.scale)
-
 
 class Active(nn.Module):
     """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest."""
@@ -177,7 +165,6 @@ class Active(nn.Module):
         largest = seen.norms.amax(-1, keepdim=True).clamp_min(1e-9)
         target = (seen.norms >= 0.05 * largest).float()
         return F.binary_cross_entropy_with_logits(self.logits(seen.x), target)
-
 
 class Share(nn.Module):
     """MoEfication's, D -> R -> R: starts as the cluster centres and the identity."""
@@ -207,7 +194,6 @@ class Share(nn.Module):
         target = total / total.max().clamp_min(1e-9)
         return F.binary_cross_entropy_with_logits(self.logits(seen.x), target)
 
-
 class Oracle(nn.Module):
     """The true norms: no router can do better on the same experts. It has nothing to learn."""
     rule = 'dynk'
@@ -223,9 +209,7 @@ class Oracle(nn.Module):
         a = ACTIVATIONS[self.experts.act](linear(x, self.experts.w_in, self.experts.b_in))
         return expert_norms(a, self.grams) / self.scale
 
-
 ROUTERS = dict(norm=Norm, active=Active, share=Share, oracle=Oracle)
-
 
 class Router(nn.Module):
     """What stands in front of an MLP: a kind's scores, a rule, and who owns which slice."""
@@ -246,7 +230,6 @@ class Router(nn.Module):
 
     def forward(self, x):                   # (T, D) -> (T, E)
         return self.choose(self.net(x))
-
 
 # -------------------------------------------------------------------------------------- training
 
@@ -280,7 +263,6 @@ class Route:
                 router.scale.copy_(norms.square().mean().sqrt().clamp_min(1e-9))
             losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
         return torch.stack(losses).mean(), {}
-
 
 if __name__ == '__main__':
     import train

@@ -40,7 +40,6 @@ from model import MLP, BadInput, projection_width
 DELTA = -10.0
 PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty at the end of distillation
 
-
 def sparsity(kind, t):
     """L_s of one MLP, averaged over tokens: t is the MLP's tap, a and z (T, H) -> scalar."""
     if kind == 'hoyer':
@@ -52,7 +51,6 @@ def sparsity(kind, t):
         return (t['z'].float().clamp_min(DELTA) - DELTA).sum(-1).mean()
     raise ValueError(f'sparsity_loss={kind}: must be hoyer, l1 or gelu_clamp')
 
-
 def penalty(model, tap, kind):
     """P: mean over FFNs, plus mean over replaced projections where there are any."""
     is_ffn = [mlp in model.ffns() for mlp in model.mlps()]
@@ -60,12 +58,10 @@ def penalty(model, tap, kind):
               for wanted in (True, False)]
     return sum(torch.stack(g).mean() for g in groups if g)
 
-
 @torch.no_grad()
 def zeros(tap):
     """The share of activations that are exactly 0, averaged over MLPs."""
     return torch.stack([(t['a'] == 0).float().mean() for t in tap]).mean()
-
 
 @torch.no_grad()
 def statistics(tap):
@@ -78,7 +74,6 @@ def statistics(tap):
         out.append([(a == 0).float().mean().item(),
                     *((a < largest * f).float().mean().item() for f in (0.1, 0.01, 0.001))])
     return out
-
 
 @dataclass
 class Sparsify:
@@ -108,7 +103,6 @@ class Sparsify:
         alpha, log = self.sparsity_weight * ramp, dict(task=task.detach(), zeros=zeros(tap))
         return (task + alpha * penalty(model, tap, self.sparsity_loss) if alpha else task), log
 
-
 # -------------------------------------------------------------------------------------- projections
 
 @torch.no_grad()
@@ -127,7 +121,6 @@ def as_mlp(linear):
     mlp.b_out.copy_(linear.bias)
     return mlp
 
-
 class Watched(nn.Module):
     """A projection of the frozen original that writes down what goes in and what comes out."""
 
@@ -139,7 +132,6 @@ class Watched(nn.Module):
         y = self.linear(x)
         self.seen.append((x.float(), y.float()))
         return y
-
 
 @dataclass
 class Distil:
@@ -199,7 +191,6 @@ class Distil:
             print(f'attn     relative error of block {i}: ' + '  '.join(
                 f'{name} {found[f"{i}.{name}"]:.3f}' for name in self.attn_projections))
         return dict(projection_error=found)
-
 
 if __name__ == '__main__':
     import sys

