@@ -1167,8 +1167,7 @@ def spoiled(finished, tmp_path):
 def test_end_to_end(finished, capsys):
     out, results = finished
     assert {p.name for p in out.glob('*.pt')} == {
-        'base.pt', 'dense.pt', 'sparse.pt', 'moe.pt', 'd2dmoe.pt', 'd2dmoe-active.pt', 'data.pt',
-        'routing.pt'}
+        'base.pt', 'dense.pt', 'sparse.pt', 'moe.pt', 'd2dmoe.pt', 'd2dmoe-active.pt', 'data.pt'}
     rows = json.load(open(out / 'results.json'))['rows']
     assert rows == results['rows'] and {'config', 'data', 'machine', 'activity'} <= results.keys()
     assert [r['method'] for r in rows[:2]] == ['dense', 'sparse'] and rows[0]['speedup'] > 0
@@ -1613,15 +1612,6 @@ def test_suites(suite, tmp_path, capsys):
     if suite == 'layer':
         assert len(rows) == 2 * 2 * 2 * 4 + 11 and (tmp_path / 'p.png').stat().st_size > 1000
         assert all(r['limit'] > 0 and r['dense_ms'] for r in rows if r['suite'] == 'layer')
-
-def test_routing_of_a_model_is_replayed(finished, tmp_path, capsys):
-    facts = torch.load(finished[0] / 'routing.pt', weights_only=True)
-    assert facts['D'] == 32 and facts['H'] == 128 and facts['masks'][0].shape[1] == 16
-    o = bench.options().parse_args(['--routing', str(finished[0] / 'routing.pt')])
-    rows = bench.run(o, bench.Shape(tokens=(16,), bytes=1e4))
-    assert {r['expert_size'] for r in rows} == {8} and len(rows) == 2
-    with pytest.raises(M.BadInput, match='not a file of masks'):
-        bench.read_routing(finished[0] / 'moe.pt')
 
 def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
