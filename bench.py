@@ -109,6 +109,9 @@ def entries(found, paths=()):
     unsaid = dict(parent=None, options={}, data={})
     others = [entry(path, unsaid | dict(phase=os.path.basename(path)) | read_checkpoint(path))
               for path in paths]
+    for e in others:
+        if e.data.get('step', 0) < e.data.get('steps', 0):
+            raise BadInput(f'{e.path} stopped at step {e.data["step"]} of {e.data["steps"]}')
     if not paths:
         made_from = {data['parent'] for data in found.values()}
         others = [e for e in standing
@@ -188,16 +191,6 @@ def row_of(model, dense, batches):
         row |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=half)
     return row
 
-@torch.no_grad()
-def activity(model, batches):
-    """How sparse each MLP is: (MLPs, 4), see sparsify.statistics."""
-    found = []
-    for inputs, _ in batches:
-        tap = []
-        model.encode(**inputs, tap=tap)
-        found.append(sparsity_statistics(tap))
-    return np.mean(found, axis=0).tolist()
-
 def read_results(folder):
     """results.json of a folder; {} if there is none that can be read."""
     try:
@@ -250,8 +243,10 @@ def evaluate(entries, batches, o, settings, folder, device):
                 row |= dict(ms_per_1k_tokens=None, speedup=None)
             if e is entries[0]:             # dense against itself
                 row['speedup'] = 1.0
-            if e is entries[1]:
-                results['activity'] = activity(model, batches[::4])
+            if e is entries[1]:             # texts come by length: one of the middle
+                tap = []
+                model.encode(**batches[len(batches) // 2][0], tap=tap)
+                results['activity'] = sparsity_statistics(tap)
             method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
             found[key] = dict(method=method, **what, **row, seed=options.get('seed'),
                               split=options.get('split'), file=e.path)
@@ -308,7 +303,10 @@ def report(rows, activity, folder):
     choice, routed = picked(rows), curves(rows)
     print(f'\ncheapest whose {rows[0]["metric"]} is within 1 % of dense, picked on one half of the '
           'held-out set, reported on the other:')
-    print_table(choice.values()) if choice else print('none')
+    if choice:
+        print_table(choice.values())
+    else:
+        print('none')
     print()
     for (name, rule), curve in routed.items():
         control = routed.get((name, 'topk'), ())
@@ -453,17 +451,15 @@ def dense_jobs(layers, x):
     def wide(*weights):                     # without bf16 units, fp32 copies may be faster
         return [w.float() for w in weights]
 
-    def same(*weights):
-        return weights
-
     onednn, jobs = partial(dense_mlp, linear=kernel.onednn), {}
-    ways = {'F.linear': (dense_mlp, same), 'compiled': (torch.compile(dense_mlp), same),
-            'onednn packed': (onednn, packed), 'onednn': (onednn, same)}
+    plain = [(m.w_in, m.b_in, m.w_out.t(), m.b_out) for m in layers]
+    ways = {'F.linear': (dense_mlp, None), 'compiled': (torch.compile(dense_mlp), None),
+            'onednn packed': (onednn, packed), 'onednn': (onednn, None)}
     if x.dtype != torch.float32 and not x.is_cuda:
         ways['fp32 copies'] = lambda x, *w: dense_mlp(x.float(), *w).to(x.dtype), wide
     for name, (f, prepare) in ways.items():
         with contextlib.suppress(Exception):        # not in this build, for this dtype or device
-            calls = [partial(f, x, *prepare(m.w_in, m.b_in, m.w_out.t(), m.b_out)) for m in layers]
+            calls = [partial(f, x, *(prepare(*w) if prepare else w)) for w in plain]
             calls[0]()
             jobs[name] = calls
     return jobs
@@ -499,7 +495,8 @@ def layer_suite(o, device, shape):
           f'lowest {min(reached):.2f}')
     line = [r for r in rows if r['suite'] == 'linearity']
     rho, times = [r['rho'] for r in line], [1 / r['speedup'] for r in line]
-    (slope, start), r2 = np.polyfit(rho, times, 1), float(np.corrcoef(rho, times)[0, 1] ** 2)
+    slope, start = np.polyfit(rho, times, 1)
+    r2 = float(np.corrcoef(rho, times)[0, 1] ** 2)
     for r in line:
         r['r2'] = r2
     print(f'T {line[0]["T"]}, experts of {line[0]["expert_size"]}: time = {start:.3f} + '
@@ -528,11 +525,11 @@ def layer_rows(o, shape, layers, x, cases, roof):
         # the experts that any token wants, x and y
         moved = 2 * shape.D * x.itemsize * (shape.H * (1 - (1 - rho) ** T) + T)
         limit = base / max(flops * rho / roof['peak'], moved / roof['bandwidth'])
-        seconds, router = times[suite, s, rho], times[s]
+        seconds = times[suite, s, rho]
         row = dict(suite=suite, T=T, D=shape.D, H=shape.H, expert_size=s, rho=rho,
                    dtype=str(x.dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
-                   router_ms=1e3 * router, dense_ms={k: 1e3 * t for k, t in dense.items()},
-                   speedup=base / seconds, speedup_with_router=base / (seconds + router),
+                   router_ms=1e3 * times[s], dense_ms={k: 1e3 * t for k, t in dense.items()},
+                   speedup=base / seconds, speedup_with_router=base / (seconds + times[s]),
                    limit=limit, of_limit=base / seconds / limit)
         rows.append(row)
         if suite == 'layer':
@@ -601,7 +598,7 @@ def peers_suite(o, device, shape):
     return rows
 
 def grouped_mm(layers, x, s, chosen):
-    """The routed layer by torch's grouped matmul: the pairs of token and expert, sorted by expert."""
+    """The routed layer by torch's grouped matmul, the pairs of token and expert by expert."""
     (T, k), E = chosen.shape, len(layers[0].w_in) // s
     expert, order = chosen.flatten().sort(stable=True)           # (T k)
     rows = order // k
@@ -657,4 +654,4 @@ if __name__ == '__main__':
     o = options().parse_args()
     if o.checkpoints and len(sys.argv) > 1 + len(o.checkpoints):
         options().error('checkpoints are measured without the options of a suite')
-    train.guarded(partial(train.evaluation, {}, o.checkpoints) if o.checkpoints else partial(run, o))
+    train.guarded(lambda: train.evaluation({}, o.checkpoints) if o.checkpoints else run(o))
