@@ -374,8 +374,8 @@ def new_axes():
 
 def save_picture(axes, path, **about):
     axes.set(**about)
-    axes.legend(frameon=False, fontsize=8)
-    axes.figure.savefig(path, dpi=150)
+    axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    axes.figure.savefig(path, dpi=150, bbox_inches='tight')
 
 def plot_rows(rows, path):
     """Loss or accuracy against FLOPs, a line for each router and rule. Returns what to say."""
