@@ -463,16 +463,10 @@ def load(where, n_classes=0):
     Transformer in eval mode, without gradients. n_classes > 0 puts a fresh classification head on
     a BERT, unless it has one of that size. BadInput says what does not fit."""
     where = os.fspath(where)
-    inside = os.path.join(where, 'd2dmoe.pt')
-    if os.path.isfile(where) or where.endswith('.pt'):
-        data = read_checkpoint(where)
-    elif os.path.isfile(inside):        # we exported it
-        data = read_checkpoint(inside)
-        # the tokenizer came along: what it was made from may be elsewhere, or gone
-        if data['data'].get('tokenizer') == 'wordpiece':
-            data['data'] |= dict(tokenizer_source=where)
-    else:
-        data = read_published(where, n_classes)
+    inside = os.path.join(where, 'd2dmoe.pt')                    # of what we exported
+    path = inside if os.path.isfile(inside) else where
+    ours = os.path.isfile(path) or path.endswith('.pt')
+    data = read_checkpoint(path) if ours else read_published(where, n_classes)
     config, state = dict(data['config']), dict(data['model'])
     if n_classes and (config['head'], config['n_classes']) != ('cls', n_classes):
         if config['causal']:
@@ -646,7 +640,9 @@ def export_plain(model, folder):
     theirs.save_pretrained(folder)
     if model.about.get('tokenizer') == 'wordpiece':
         import tokenizers
-        enc = tokenizers.Tokenizer.from_str(tokenizer(model.about, c.causal).json)
+        # d2dmoe.pt keeps it, too: what it was made from may be elsewhere later, or gone
+        model.about['tokenizer_json'] = tokenizer(model.about, c.causal).json
+        enc = tokenizers.Tokenizer.from_str(model.about['tokenizer_json'])
         library = transformers()
         fast = library.GPT2TokenizerFast if c.causal else library.BertTokenizerFast
         fast(tokenizer_object=enc).save_pretrained(folder)

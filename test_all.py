@@ -998,7 +998,7 @@ def test_a_real_bert(hub, tmp_path):
     M.export(m, tmp_path)
     again = M.load(tmp_path)
     assert m.classify(texts) == again.classify(texts) == want
-    assert again.about['tokenizer_source'] == str(tmp_path)
+    assert again.about['tokenizer_json']
 
 @pytest.mark.parametrize('kind, config, owners', [
     (GPT2, dict(activation='gelu_tanh'), None), (GPT2, {}, OWNERS), ('BertModel', BERT, OWNERS),
