@@ -11,8 +11,9 @@ a swap of i in A with j in B lowers J by
     2 (x_j - x_i) . (S_A / n_A - S_B / n_B) + |x_i - x_j|^2 (1/n_A + 1/n_B):
 
 a matrix over all pairs, from two matrix products. We alternate balanced assignment and means until
-it stalls, then swap the best disjoint pairs until no swap of two neurons lowers J (for H 3072, D
-768, E 128 half a minute on one core). A new split is a function (mlp, n_experts, seed) -> the cluster of every neuron, and its name in SPLITS.
+it stalls, then swap the best disjoint pairs until no swap of two neurons lowers J: 20 s on one core
+for 3072 neurons of width 768 in 128 experts. A new split is a function (mlp, n_experts, seed) ->
+the cluster of every neuron, and its name in SPLITS.
 
     python moefy.py out/sparse.pt out/moe.pt --n_experts=64
 
