@@ -46,7 +46,7 @@ class Config:
     causal: bool = True                 # GPT; False: BERT
     pre_ln: bool = True                 # GPT; False: BERT
     n_types: int = 0                    # token types (BERT: 2)
-    head: Optional[str] = 'lm'          # lm, mlm, cls, None
+    head: Optional[str] = 'lm'          # lm, cls, None
     n_classes: int = 0                  # for head = cls
     pooler: bool = False                # BERT's tanh layer on the first token
     dropout: float = 0.0                # embeddings, attention weights, residuals; never neurons
@@ -151,10 +151,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.n_embd % c.n_head:
-            raise ValueError(f'n_embd={c.n_embd} must be a multiple of n_head={c.n_head}')
-        if c.activation not in ACTIVATIONS:
-            raise ValueError(f'activation={c.activation}: must be one of {", ".join(ACTIVATIONS)}')
+        assert c.n_embd % c.n_head == 0, 'n_embd must be a multiple of n_head'
+        assert c.activation in ACTIVATIONS, f'activation={c.activation} is not known'
         # what a checkpoint says of the data: tokenizer, names of the classes
         self.about = {}
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
@@ -165,10 +163,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.ln_eps) if c.pre_ln else None
         self.pooler = Linear(c.n_embd, c.n_embd) if c.pooler else None
-        if c.head == 'mlm':             # BERT's: dense, activation, LayerNorm, tied decoder
-            norm = nn.LayerNorm(c.n_embd, eps=c.ln_eps)
-            self.mlm = nn.ModuleDict(dict(dense=Linear(c.n_embd, c.n_embd), ln=norm))
-            self.mlm_bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.classifier = Linear(c.n_embd, c.n_classes) if c.head == 'cls' else None
         self.apply(self._init)
         # GPT-2: residual branches start small
@@ -257,14 +251,11 @@ class Transformer(nn.Module):
         return layout.pad(x if self.ln_f is None else self.ln_f(x))
 
     def logits(self, h):
-        """The head: (..., D) -> (..., V) for lm and mlm; (B, L, D) -> (B, classes) for cls."""
+        """The head: (..., D) -> (..., V) for lm; (B, L, D) -> (B, classes) for cls."""
         if self.config.head == 'cls':
             h = h[:, 0]
             h = h if self.pooler is None else torch.tanh(self.pooler(h))
             return self.classifier(self.drop(h))
-        if self.config.head == 'mlm':
-            h = self.mlm['ln'](ACTIVATIONS[self.config.activation](self.mlm['dense'](h)))
-            return linear(h, self.wte.weight, self.mlm_bias)
         return linear(h, self.wte.weight)
 
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None):
@@ -317,14 +308,11 @@ class Transformer(nn.Module):
             raise ValueError('only a model with a classification head classifies')
         tools = tokenizer(self.about, False)
         ids = [cut(i, self.config.block_size, tools.closing) for i in tools.encode(list(texts))]
-        out, names = [None] * len(ids), self.about.get('classes')
-        # texts of like lengths together: there is less to pad
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for at in (order[i:i + batch_size] for i in range(0, len(ids), batch_size)):
-            inputs = pad([ids[i] for i in at], self.wte.weight.device)
-            for i, best in zip(at, self(**inputs).argmax(-1).tolist()):
-                out[i] = names[best] if names else best
-        return out
+        found, names = [], self.about.get('classes')
+        for i in range(0, len(ids), batch_size):
+            inputs = pad(ids[i:i + batch_size], self.wte.weight.device)
+            found += self(**inputs).argmax(-1).tolist()
+        return [names[i] for i in found] if names else found
 
     def flops(self, seq_len, rho=None):
         """FLOPs per token of a forward pass over `seq_len` tokens, 2 per multiply-add.
@@ -344,8 +332,8 @@ class Transformer(nn.Module):
                 out['router'] += 2 * sum(p.numel() for p in matrices)
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
-        elif c.head:
-            out['head'] = 2 * D * c.vocab_size + (2 * D * D if c.head == 'mlm' else 0)
+        elif c.head == 'lm':
+            out['head'] = 2 * D * c.vocab_size
         out['total'] = sum(out.values())
         return out
 
@@ -363,11 +351,9 @@ def n_tokens(inputs):
 
 def pad(sequences, device='cpu'):
     """Lists of tokens -> what encode takes, (B, L) each: the padding is never run."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    idx = torch.zeros(mask.shape, dtype=torch.long)
-    idx[mask] = torch.cat([torch.as_tensor(s, dtype=torch.long) for s in sequences])
-    return dict(idx=idx.to(device), attention_mask=mask.to(device))
+    sequences = [torch.as_tensor(s, dtype=torch.long) for s in sequences]
+    idx = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).to(device)
+    return dict(idx=idx.clamp_min(0), attention_mask=idx >= 0)
 
 # -------------------------------------------------------------------------------------- texts
 
@@ -397,14 +383,13 @@ def tokenizer(about, causal):
             import tiktoken
             gpt2 = tiktoken.get_encoding('gpt2')
             return Texts(lambda texts: [gpt2.encode_ordinary(t) for t in texts], gpt2.decode, 50257)
-        auto, text = transformers().AutoTokenizer, about.get('tokenizer_json')
-        import tokenizers
-        enc = tokenizers.Tokenizer.from_str(text) if text else \
-            auto.from_pretrained(source).backend_tokenizer
+        if 'tokenizer_json' in about:
+            import tokenizers
+            enc = tokenizers.Tokenizer.from_str(about['tokenizer_json'])
+        else:
+            enc = transformers().AutoTokenizer.from_pretrained(source).backend_tokenizer
         enc.no_padding()
         enc.no_truncation()
-    except BadInput:
-        raise
     except Exception as error:          # no network, no cache, no such file: each has its own
         raise BadInput(f'the tokenizer {name} {source or ""} can be neither found nor downloaded '
                        f'({reason(error)}); offline, fill its cache (TIKTOKEN_CACHE_DIR), give a '
@@ -445,16 +430,15 @@ def checkpoint_hash(path):
     return digest.hexdigest()[:16]
 
 def reason(error):
-    """The first line of an exception of somebody else's, or its kind: some say nothing."""
-    text = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
-    return textwrap.shorten(text.splitlines()[0], 160, placeholder=' ...')
+    """What an exception of somebody else's says, on one line, or its kind: some say nothing."""
+    return textwrap.shorten(str(error), 160, placeholder=' ...') or type(error).__name__
 
 def read_checkpoint(path):
     """The dict of a checkpoint, its tensors mapped from the file. BadInput if it is none."""
-    if not os.path.isfile(path):
-        raise BadInput(f'{path}: no such checkpoint')
     try:
         data = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f'{path}: no such checkpoint') from None
     except Exception as error:          # torch raises half a dozen kinds for bad files
         raise BadInput(f'{path}: not a readable checkpoint, perhaps cut short '
                        f'({reason(error)})') from None
@@ -468,10 +452,9 @@ def build(data, path='checkpoint'):
         with torch.device('meta'):
             model = Transformer(Config(**data['config']))
         model.load_state_dict(data['model'], assign=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
-        why = ' '.join(str(error).split('\n')[-2:])
+    except Exception as error:          # whatever a foreign config does to the modules
         raise BadInput(f'{path}: its tensors do not fit its config, or another version wrote it '
-                       f'({textwrap.shorten(why, 160)})') from None
+                       f'({reason(error)})') from None
     model.about = data.get('data') or {}
     return model.eval().requires_grad_(False)
 
@@ -480,23 +463,15 @@ def load(where, n_classes=0):
     Transformer in eval mode, without gradients. n_classes > 0 puts a fresh classification head on
     a BERT, unless it has one of that size. BadInput says what does not fit."""
     where = os.fspath(where)
-    inside = os.path.join(where, 'd2dmoe.pt')
-    if os.path.isfile(where) or where.endswith('.pt'):
-        data = read_checkpoint(where)
-    elif os.path.isfile(inside):        # we exported it: its routing, perhaps the whole model
-        data = read_checkpoint(inside)
-        if os.path.isfile(os.path.join(where, 'config.json')):
-            data['model'] = read_published(where)['model'] | data['model']
-            # the tokenizer came along: what it was made from may be elsewhere, or gone
-            if data['data'].get('tokenizer') == 'wordpiece':
-                data['data'] |= dict(tokenizer_source=where)
-    else:
-        data = read_published(where, n_classes)
+    inside = os.path.join(where, 'd2dmoe.pt')                    # of what we exported
+    path = inside if os.path.isfile(inside) else where
+    ours = os.path.isfile(path) or path.endswith('.pt')
+    data = read_checkpoint(path) if ours else read_published(where, n_classes)
     config, state = dict(data['config']), dict(data['model'])
     if n_classes and (config['head'], config['n_classes']) != ('cls', n_classes):
         if config['causal']:
             raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
-        state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
+        state = {k: v for k, v in state.items() if not k.startswith('classifier')}
         D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
         for name, n in dict(pooler=D, classifier=n_classes).items():
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
@@ -531,9 +506,7 @@ BERT = {'wte': 'bert.embeddings.word_embeddings', 'wpe': 'bert.embeddings.positi
         'attn.o': 'attention.output.dense', 'ln_1': 'attention.output.LayerNorm',
         'ln_2': 'output.LayerNorm', 'mlp.w_in': 'intermediate.dense.weight',
         'mlp.b_in': 'intermediate.dense.bias', 'mlp.w_out': 'output.dense.weight',
-        'mlp.b_out': 'output.dense.bias', 'pooler': 'bert.pooler.dense',
-        'mlm.dense': 'cls.predictions.transform.dense',
-        'mlm.ln': 'cls.predictions.transform.LayerNorm', 'mlm_bias': 'cls.predictions.bias'}
+        'mlp.b_out': 'output.dense.bias', 'pooler': 'bert.pooler.dense'}
 KEYS = {'gpt2': dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', n_hidden='n_inner',
                      block_size='n_positions', vocab_size='vocab_size',
                      activation='activation_function', ln_eps='layer_norm_epsilon'),
@@ -543,8 +516,10 @@ KEYS = {'gpt2': dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', n_hidd
                      activation='hidden_act', ln_eps='layer_norm_eps', n_types='type_vocab_size')}
 ACTS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', relu='relu')
 # what our Transformer computes
-ONLY = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, is_decoder=False,
-            add_cross_attention=False, position_embedding_type='absolute', tie_word_embeddings=True)
+ONLY = dict(model_type=tuple(KEYS), activation_function=tuple(ACTS), hidden_act=tuple(ACTS),
+            scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+            is_decoder=(False,), add_cross_attention=(False,), tie_word_embeddings=(True,),
+            position_embedding_type=('absolute',))
 
 def transformers():
     """The library, quiet. BadInput says how to install it."""
@@ -557,7 +532,7 @@ def transformers():
     return library
 
 def published(model):
-    """[(their name, our names, whether theirs is ours transposed)], routing left out."""
+    """{their name: (our names, whether theirs is ours transposed)}, routing left out."""
     causal, out = model.config.causal, {}
     table = GPT2 if causal else BERT
     pattern = re.compile(rf'\b({"|".join(table)})\b')
@@ -567,43 +542,37 @@ def published(model):
             # nn.Linear keeps (out, in), GPT-2's Conv1D (in, out), our MLPs are neuron-major
             turned = name.startswith('blocks') and p.dim() == 2 and name.endswith('w_out') != causal
             out.setdefault(theirs, ([], turned))[0].append(name)
-    return [(theirs, ours, turned) for theirs, (ours, turned) in out.items()]
+    return out
 
 def published_class(c):
     """The class of transformers for a Config, and a prefix that its tensors lack."""
     library = transformers()
     if c.causal:
         return library.GPT2LMHeadModel, ''
-    heads = dict(cls=library.BertForSequenceClassification, mlm=library.BertForMaskedLM)
-    return (heads[c.head], '') if c.head else (library.BertModel, 'bert.')
+    if c.head == 'cls':
+        return library.BertForSequenceClassification, ''
+    return library.BertModel, 'bert.'
 
 def published_config(where, n_classes=0):
     """(transformers' config of a published model, our Config). BadInput says what is not ours."""
     try:
         j = transformers().AutoConfig.from_pretrained(where)
-    except BadInput:
-        raise
     except Exception as error:          # OSError, ValueError, errors of the hub and of JSON
         raise BadInput(f'{where}: neither a checkpoint, nor a folder with a config.json, nor a '
                        f'published model that can be downloaded ({reason(error)})') from None
-    if j.model_type not in KEYS:
-        raise BadInput(f'{where}: model_type {j.model_type!r} is neither gpt2 nor bert')
-    for key, value in ONLY.items():
-        if getattr(j, key, value) != value:
-            raise BadInput(f'{where}: {key}={getattr(j, key)} is not supported, only {value}')
+    for key, possible in ONLY.items():
+        if getattr(j, key, possible[0]) not in possible:
+            raise BadInput(f'{where}: {key}={getattr(j, key)} is not supported, only '
+                           f'{" or ".join(map(str, possible))}')
     causal = j.model_type == 'gpt2'
     c = Config(**{ours: getattr(j, theirs) for ours, theirs in KEYS[j.model_type].items()},
                causal=causal, pre_ln=causal)
-    if c.activation not in ACTS:
-        raise BadInput(f'{where}: activation {c.activation!r} is none of {", ".join(ACTS)}')
     c.activation, c.n_hidden = ACTS[c.activation], c.n_hidden or 4 * c.n_embd
-    kind = (getattr(j, 'architectures', None) or ['BertModel'])[0]
-    if not causal:
-        c.head, c.pooler = None, True
-        if kind == 'BertForSequenceClassification' and n_classes in (0, j.num_labels):
-            c.head, c.n_classes = 'cls', j.num_labels
-        elif kind in ('BertForMaskedLM', 'BertForPreTraining') and not n_classes:
-            c.head, c.pooler = 'mlm', False
+    if causal:
+        return j, c
+    c.head, c.pooler = None, True
+    if j.architectures == ['BertForSequenceClassification'] and n_classes in (0, j.num_labels):
+        c.head, c.n_classes = 'cls', j.num_labels
     return j, c
 
 def read_published(where, n_classes=0):
@@ -612,10 +581,8 @@ def read_published(where, n_classes=0):
     j, c = published_config(where, n_classes)
     kind, prefix = published_class(c)
     try:
-        # what transformers fills with random numbers must not move ours
-        with torch.random.fork_rng(devices=[]):
-            theirs, info = kind.from_pretrained(where, config=j, dtype=torch.float32,
-                                                output_loading_info=True)
+        theirs, info = kind.from_pretrained(where, config=j, dtype=torch.float32,
+                                            output_loading_info=True)
     except Exception as error:          # each file format has exceptions of its own
         raise BadInput(f'{where}: its weights cannot be read ({reason(error)})') from None
     missing = sorted(info['missing_keys'])
@@ -624,14 +591,13 @@ def read_published(where, n_classes=0):
     if missing:
         raise BadInput(f'{where}: has no tensor {missing[0]}')
     if info['unexpected_keys']:
-        print(f'{where}: tensors that have no place here are dropped: ' + textwrap.shorten(
-            ', '.join(sorted(info['unexpected_keys'])), 160, placeholder=' ...'))
-    tensors, state = {prefix + name: t for name, t in theirs.state_dict().items()}, {}
-    del theirs
+        print(f'{where}: tensors that have no place here are dropped: '
+              + ', '.join(sorted(info['unexpected_keys'])))
+    tensors, state = theirs.state_dict(), {}
     with torch.device('meta'):
         model = Transformer(c)
-    for name, ours, turned in published(model):
-        t = tensors.pop(name)
+    for name, (ours, turned) in published(model).items():
+        t = tensors[name.removeprefix(prefix)]
         for our, part in zip(ours, (t.T if turned else t).chunk(len(ours))):
             state[our] = part.contiguous()
     for i in range(c.n_layer):          # one expert, unless routing says otherwise
@@ -642,22 +608,18 @@ def read_published(where, n_classes=0):
     return dict(config=asdict(c), model=state, data=about)
 
 def export(model, folder):
-    """Write a model as a plain GPT-2 or BERT folder for transformers, and its routing into
-    d2dmoe.pt beside it; with replaced projections, which no plain model has, all goes there.
-    load(folder) gives the same model back. BadInput if the folder is there and not empty."""
-    c, state = model.config, model.state_dict()
+    """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
+    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections, which no plain model
+    has, only that. BadInput if the folder is there and not empty."""
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise BadInput(f'{folder}: is not an empty folder; give another')
-        if not c.projections:
+        if not model.config.projections:
             export_plain(model, folder)
-            state = {name: t for name, t in state.items()
-                     if name.endswith('.offsets') or '.router.' in name}
-        torch.save(dict(config=asdict(c), model=state, data=model.about),
-                   os.path.join(folder, 'd2dmoe.pt'))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
+    save(model, os.path.join(folder, 'd2dmoe.pt'))
 
 def export_plain(model, folder):
     """The folder's part for transformers: config.json, model.safetensors, the tokenizer."""
@@ -665,14 +627,12 @@ def export_plain(model, folder):
     keys = KEYS['gpt2' if c.causal else 'bert']
     j = kind.config_class(**{theirs: getattr(c, ours) for ours, theirs in keys.items()})
     setattr(j, keys['activation'], dict(gelu_tanh='gelu_new').get(c.activation, c.activation))
-    if c.causal and c.vocab_size <= 50256:                       # GPT-2's default is beyond it
-        j.bos_token_id = j.eos_token_id = None
     if c.head == 'cls':
         labels = model.about.get('classes') or [f'LABEL_{i}' for i in range(c.n_classes)]
         j.id2label = dict(enumerate(labels))
         j.label2id = {label: i for i, label in enumerate(labels)}
     own, tensors = model.state_dict(), {}
-    for name, ours, turned in published(model):
+    for name, (ours, turned) in published(model).items():
         whole = torch.cat([own[our] for our in ours])
         tensors[name.removeprefix(prefix)] = (whole.T if turned else whole).contiguous()
     theirs = kind(j) if c.head or c.pooler else kind(j, add_pooling_layer=False)
@@ -680,8 +640,9 @@ def export_plain(model, folder):
     theirs.save_pretrained(folder)
     if model.about.get('tokenizer') == 'wordpiece':
         import tokenizers
-        enc = tokenizers.Tokenizer.from_str(tokenizer(model.about, c.causal).json)
-        special = dict(unk='[UNK]', sep='[SEP]', pad='[PAD]', cls='[CLS]', mask='[MASK]')
-        special = {} if c.causal else {f'{key}_token': token for key, token in special.items()}
-        fast = transformers().PreTrainedTokenizerFast(tokenizer_object=enc, **special)
-        fast.save_pretrained(folder)
+        # d2dmoe.pt keeps it, too: what it was made from may be elsewhere later, or gone
+        model.about['tokenizer_json'] = tokenizer(model.about, c.causal).json
+        enc = tokenizers.Tokenizer.from_str(model.about['tokenizer_json'])
+        library = transformers()
+        fast = library.GPT2TokenizerFast if c.causal else library.BertTokenizerFast
+        fast(tokenizer_object=enc).save_pretrained(folder)

@@ -30,15 +30,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import ACTIVATIONS, linear
+from kernel import ACTIVATIONS, linear, neuron_mask
 
 # -------------------------------------------------------------------------------------- rules
 
 # the values of tau that an evaluation tries, by rule
 GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
             threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-            cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
+            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5))
 # of dynk, where nobody says otherwise: hardly anything lost where it was measured; 0.2 saves a
 # quarter more of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14
 # points of accuracy
@@ -51,10 +50,8 @@ def select(score, rule, tau=0.0, floor=0.0):
                 writes 1 - tau and has no floor: a token whose FFN is silent runs everything there)
     threshold   score >= tau
     topk        the share tau of the outputs, at least one: the largest, ties as in torch.topk
-    cumulative  the smallest set whose scores reach the share tau of the token's sum
 
-    A row of NaN runs nothing under dynk, threshold and cumulative. ValueError names the
-    rules if `rule` is none.
+    A row of NaN runs nothing under dynk and threshold. ValueError if `rule` is none.
     """
     if rule == 'dynk':
         return (score >= tau * score.amax(-1, keepdim=True)) & (score > floor)
@@ -64,19 +61,7 @@ def select(score, rule, tau=0.0, floor=0.0):
         k = max(1, round(tau * score.shape[-1]))
         chosen = torch.zeros_like(score, dtype=torch.bool)
         return chosen.scatter_(-1, score.topk(k, -1).indices, True)
-    if rule == 'cumulative':
-        ordered, index = score.sort(-1, descending=True)
-        # what the larger ones already reach; a sum in floats may fall short of 1: all but zeros
-        before = ordered.cumsum(-1) - ordered
-        chosen = before < tau * ordered.sum(-1, keepdim=True)
-        if tau >= 1:
-            chosen = ordered > 0
-        return torch.zeros_like(chosen).scatter_(-1, index, chosen)
     raise ValueError(f'rule must be one of {", ".join(GRID)}, not {rule!r}')
-
-def to_slices(chosen, owners):
-    """A slice runs if any chosen output owns it: (T, R) bool, owners (R, E) bool -> (T, E) bool."""
-    return chosen if owners is None else (chosen.float() @ owners.float()) > 0
 
 # -------------------------------------------------------------------------------------- true norms
 
@@ -88,22 +73,17 @@ class Grams(NamedTuple):
 
 def neuron_index(offsets, owners=None):
     """-> index (R, s) and valid (R, s): which neurons belong to which output."""
-    edges = offsets.tolist()
-    slices = [range(a, b) for a, b in zip(edges, edges[1:])]
-    if owners is not None:
-        slices = [[i for e, own in enumerate(row) if own for i in slices[e]]
-                  for row in owners.tolist()]
-    s = max(1, max(len(neurons) for neurons in slices))
-    index = torch.zeros(len(slices), s, dtype=torch.long)
-    valid = torch.zeros(len(slices), s, dtype=torch.bool)
-    for r, neurons in enumerate(slices):
-        index[r, :len(neurons)] = torch.tensor(list(neurons), dtype=torch.long)
-        valid[r, :len(neurons)] = True
-    return index, valid
+    if owners is None:
+        owners = torch.eye(len(offsets) - 1, dtype=torch.bool, device=offsets.device)
+    member = neuron_mask(owners, offsets, int(offsets[-1]))      # (R, H)
+    # its neurons first, in their order
+    valid, index = member.byte().sort(dim=1, descending=True, stable=True)
+    s = max(1, int(member.sum(1).max()))
+    return index[:, :s], valid[:, :s].bool()
 
 def grams(w_out, offsets, owners=None):
     """w_out (H, D) -> Grams."""
-    index, valid = (t.to(w_out.device) for t in neuron_index(offsets, owners))
+    index, valid = neuron_index(offsets, owners)
     w = w_out[index] * valid[..., None]     # (R, s, D)
     return Grams(index, valid, w @ w.transpose(1, 2))
 
@@ -126,19 +106,15 @@ class Seen(NamedTuple):
 def n_outputs(mlp, owners):
     return len(mlp.offsets) - 1 if owners is None else len(owners)
 
-def two_layers(mlp, owners, width):
-    """The paper's network, random: w1 (W, D) and w2 (R, W)."""
-    D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
-    return (nn.Parameter(torch.randn(width, D) * D ** -0.5),
-            nn.Parameter(torch.randn(R, width) * width ** -0.5))
-
 class Norm(nn.Module):
     """The paper's: regression on the norms, in units of their RMS (dynk does not see a factor)."""
     rule = 'dynk'
 
     def __init__(self, mlp, owners, width):
         super().__init__()
-        self.w1, self.w2 = two_layers(mlp, owners, width)
+        D, R = mlp.w_in.shape[1], n_outputs(mlp, owners)
+        self.w1 = nn.Parameter(torch.randn(width, D) * D ** -0.5)
+        self.w2 = nn.Parameter(torch.randn(R, width) * width ** -0.5)
 
     def forward(self, x):                   # (T, D) -> (T, R)
         return linear(F.relu(linear(x, self.w1)), self.w2).abs()
@@ -146,13 +122,12 @@ class Norm(nn.Module):
     def loss(self, seen):
         return F.mse_loss(self(seen.x), seen.norms / seen.scale)
 
-class Active(nn.Module):
+class Active(Norm):
     """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest."""
     rule = 'threshold'
 
     def __init__(self, mlp, owners, width):
-        super().__init__()
-        self.w1, self.w2 = two_layers(mlp, owners, width)
+        super().__init__(mlp, owners, width)
         self.b1, self.b2 = (nn.Parameter(torch.zeros(len(w))) for w in (self.w1, self.w2))
 
     def logits(self, x):                    # (T, D) -> (T, R)
@@ -176,7 +151,7 @@ class Share(nn.Module):
         centres = torch.zeros(R, D)
         # a checkpoint brings its own weights, and its modules have none yet
         if not mlp.w_in.is_meta:
-            index, valid = (t.to(mlp.w_in.device) for t in neuron_index(mlp.offsets, owners))
+            index, valid = neuron_index(mlp.offsets, owners)
             rows = F.normalize(mlp.w_in.detach(), dim=-1)[index] * valid[..., None]      # (R, s, D)
             centres = F.normalize(rows.sum(1), dim=-1)
         self.w1 = nn.Parameter(centres)
@@ -226,7 +201,9 @@ class Router(nn.Module):
         self.rho = None
 
     def choose(self, score):                # (T, R) -> (T, E)
-        return to_slices(select(score, self.rule, self.tau, self.floor), self.owners)
+        chosen = select(score, self.rule, self.tau, self.floor)
+        # a slice runs if any chosen output owns it
+        return chosen if self.owners is None else (chosen.float() @ self.owners.float()) > 0
 
     def forward(self, x):                   # (T, D) -> (T, E)
         return self.choose(self.net(x))

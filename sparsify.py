@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.nn as nn
 
 from model import MLP, BadInput, projection_width
 
@@ -47,9 +46,8 @@ def sparsity(kind, t):
         return (a.sum(-1) ** 2 / (a.square().sum(-1) + 1e-9)).mean()
     if kind == 'l1':
         return t['a'].float().abs().sum(-1).mean()
-    if kind == 'gelu_clamp':
-        return (t['z'].float().clamp_min(DELTA) - DELTA).sum(-1).mean()
-    raise ValueError(f'sparsity_loss={kind}: must be hoyer, l1 or gelu_clamp')
+    assert kind == 'gelu_clamp', f'sparsity_loss={kind}: must be hoyer, l1 or gelu_clamp'
+    return (t['z'].float().clamp_min(DELTA) - DELTA).sum(-1).mean()
 
 def penalty(model, tap, kind):
     """P: mean over FFNs, plus mean over replaced projections where there are any."""
@@ -71,8 +69,8 @@ def statistics(tap):
     for t in tap:
         a = t['a'].abs()
         largest = a.amax(-1, keepdim=True)
-        out.append([(a == 0).float().mean().item(),
-                    *((a < largest * f).float().mean().item() for f in (0.1, 0.01, 0.001))])
+        small = [a == 0, a < 0.1 * largest, a < 0.01 * largest, a < 0.001 * largest]
+        out.append([share.float().mean().item() for share in small])
     return out
 
 @dataclass
@@ -101,7 +99,7 @@ class Sparsify:
         task = model.loss(batch, tap)
         ramp = min(1.0, progress / self.sparsity_ramp) if self.sparsity_ramp else 1.0
         alpha, log = self.sparsity_weight * ramp, dict(task=task.detach(), zeros=zeros(tap))
-        return (task + alpha * penalty(model, tap, self.sparsity_loss) if alpha else task), log
+        return task + alpha * penalty(model, tap, self.sparsity_loss), log
 
 # -------------------------------------------------------------------------------------- projections
 
@@ -115,23 +113,10 @@ def as_mlp(linear):
     n = len(mlp.w_in) // 2
     # an odd neuron starts random and adds nothing
     mlp.w_out.zero_()
-    for rows, sign in ((slice(0, n), 1), (slice(n, 2 * n), -1)):
-        mlp.w_in[rows] = sign * V[:n] * S[:n, None].sqrt()
-        mlp.w_out[rows] = sign * U.T[:n] * S[:n, None].sqrt()
+    v, u = V[:n] * S[:n, None].sqrt(), U.T[:n] * S[:n, None].sqrt()
+    mlp.w_in[:2 * n], mlp.w_out[:2 * n] = torch.cat([v, -v]), torch.cat([u, -u])
     mlp.b_out.copy_(linear.bias)
     return mlp
-
-class Watched(nn.Module):
-    """A projection of the frozen original that writes down what goes in and what comes out."""
-
-    def __init__(self, linear, seen):
-        super().__init__()
-        self.linear, self.seen = linear, seen
-
-    def forward(self, x, tap=None):
-        y = self.linear(x)
-        self.seen.append((x.float(), y.float()))
-        return y
 
 @dataclass
 class Distil:
@@ -150,16 +135,19 @@ class Distil:
         if model.config.projections:
             raise BadInput(f'its {model.config.projections} are MLPs already: begin with a model '
                            'that has none')
-        self.original = copy.deepcopy(model).eval()
-        for block, watched in zip(model.blocks, self.original.blocks):
-            for name in names:
-                setattr(block.attn, name, as_mlp(getattr(block.attn, name)))
-                setattr(watched.attn, name, Watched(getattr(watched.attn, name), self.seen))
-        model.config.projections = names
+        self.original, self.students = copy.deepcopy(model).eval(), {}
+
+        # what goes into a projection of the frozen original, and what comes out
+        def watch(projection, inputs, y):
+            self.seen.append((inputs[0].float(), y.float()))
+
         # in the order in which a forward pass meets them
-        self.students = {f'{i}.{name}': getattr(block.attn, name)
-                         for i, block in enumerate(model.blocks)
-                         for name in 'qkvo' if name in names}
+        for i, (block, original) in enumerate(zip(model.blocks, self.original.blocks)):
+            for name in (name for name in 'qkvo' if name in names):
+                getattr(original.attn, name).register_forward_hook(watch)
+                self.students[f'{i}.{name}'] = as_mlp(getattr(block.attn, name))
+                setattr(block.attn, name, self.students[f'{i}.{name}'])
+        model.config.projections = names
 
     def parameters(self, model):
         return [p for student in self.students.values() for p in student.parameters()]
@@ -196,5 +184,4 @@ if __name__ == '__main__':
     import sys
 
     import train
-    distil = any(arg.startswith('--attn_projections=') for arg in sys.argv)
-    train.convert('attn' if distil else 'sparsify')
+    train.convert('attn' if '--attn_projections' in ' '.join(sys.argv) else 'sparsify')

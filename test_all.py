@@ -492,7 +492,7 @@ def test_gpu_more_than_two_to_the_31_elements():
 torch.set_num_threads(1)
 
 BERT = dict(causal=False, pre_ln=False, n_types=2, head=None, activation='gelu', ln_eps=1e-12)
-MLM, CLS = BERT | dict(head='mlm'), BERT | dict(head='cls', n_classes=3, pooler=True)
+CLS = BERT | dict(head='cls', n_classes=3, pooler=True)
 # three outputs: slice 0 is shared, 1 empty, 2 of two outputs, 4 pruned
 OFFSETS = [0, 7, 7, 20, 31, 40]
 OWNERS = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 1, 1, 0], [1, 0, 1, 0, 0]], dtype=torch.bool)
@@ -549,16 +549,12 @@ def same(a, b):
 
 def slow_rule(row, rule, tau, floor=0.0):
     """One token's scores, a list -> the outputs it runs."""
-    order, chosen = sorted(range(len(row)), key=lambda r: -row[r]), []
+    order = sorted(range(len(row)), key=lambda r: -row[r])
     if rule == 'dynk':
         return [r for r in order if row[r] >= tau * max(row) and row[r] > floor]
     if rule == 'threshold':
         return [r for r in order if row[r] >= tau]
-    if rule == 'topk':
-        return order[:max(1, round(tau * len(row)))]
-    while sum(row[r] for r in chosen) < tau * sum(row):
-        chosen.append(order[len(chosen)])
-    return chosen
+    return order[:max(1, round(tau * len(row)))]
 
 def slow_neurons(mlp, outputs):
     """The neurons of the slices that these outputs own, each once."""
@@ -603,14 +599,10 @@ def slow_model(m, idx, keep=None, types=None):
             x[t] = x[t] if c.pre_ln else b.ln_1(x[t])
             y = x[t] + slow_mlp(b.mlp, b.ln_2(x[t]) if c.pre_ln else x[t])
             x[t] = y if c.pre_ln else b.ln_2(y)
-    hidden = g = {t: m.ln_f(x[t]) if c.pre_ln else x[t] for t in x}
+    hidden = {t: m.ln_f(x[t]) if c.pre_ln else x[t] for t in x}
     if c.head == 'cls':
         return hidden, {t: m.classifier(torch.tanh(m.pooler(h))) for t, h in hidden.items()}
-    if c.head == 'mlm':
-        act = kernel.ACTIVATIONS[c.activation]
-        g = {t: m.mlm['ln'](act(m.mlm['dense'](h))) for t, h in hidden.items()}
-    bias = m.mlm_bias if c.head == 'mlm' else 0
-    return hidden, {t: m.wte.weight @ g[t] + bias for t in g} if c.head else hidden
+    return hidden, {t: m.wte.weight @ h for t, h in hidden.items()} if c.head else hidden
 
 def check(m, idx, keep=None, types=None):
     """Hidden states and logits are the slow model's, whoever taps; padding is zero, never run."""
@@ -767,15 +759,14 @@ def test_moefy_sorts_the_neurons_and_changes_nothing(split, options, n_experts, 
     assert same(done[1], done[2]) and (split != 'random' or not same(done[0], done[1]))
     assert m.config.n_experts == n_experts
     close(m(tokens(2, 12)), old(tokens(2, 12)))
-    found = zip(m.mlps(), old.mlps(), n_experts, notes['objective'], notes['objective_random'])
-    for mlp, was, n, J, random in found:
+    for mlp, was, n, J in zip(m.mlps(), old.mlps(), n_experts, notes['objective']):
         assert mlp.offsets.diff().tolist() == moefy.expert_sizes(len(mlp.w_in), n).tolist()
         cluster = torch.arange(n).repeat_interleave(mlp.offsets.diff())
         assert J == pytest.approx(slow_objective(F.normalize(mlp.w_in, dim=1), cluster), abs=1e-3)
-        assert split != 'random' or J == random
         if split == 'kmeans':
             rows = F.normalize(was.w_in, dim=1)
             best = slow_objective(rows, moefy.balanced_kmeans(rows, n))
+            random = slow_objective(rows, moefy.deal(was, n))
             assert J == pytest.approx(best, abs=1e-3) and J <= random + 1e-3
         # every neuron is there once, with its bias and its output
         new, was = (torch.cat([p.w_in, p.b_in[:, None], p.w_out], 1).tolist() for p in (mlp, was))
@@ -867,7 +858,7 @@ def test_distil(config):
 # -------------------------------------------------------------------------------------- model
 
 @pytest.mark.parametrize('config, owners', [
-    *((config, owners) for config in ({}, BERT, MLM, CLS) for owners in ('dense', None, OWNERS)),
+    *((config, owners) for config in ({}, BERT, CLS) for owners in ('dense', None, OWNERS)),
     (dict(projections='ko', activation='gelu_tanh'), None)])
 def test_the_model_is_the_slow_model(config, owners):
     m, idx, tap = tiny(**config), tokens(3, 8), M.Masks()
@@ -884,7 +875,7 @@ def test_the_model_is_the_slow_model(config, owners):
 def test_every_expert_on_is_the_unrouted_model():
     m, idx = routed(tiny()), tokens(3, 12)
     dense = m(idx)
-    for rule, tau in (('dynk', 0), ('topk', 1), ('threshold', 0), ('cumulative', 1), ('', 0)):
+    for rule, tau in (('dynk', 0), ('topk', 1), ('threshold', 0), ('', 0)):
         close(m.set_rule(rule, tau, 0.0)(idx), dense)
     assert (m.set_rule('dynk', 0.9)(idx) - dense).abs().max() > 1e-2
     for model, rule in ((m, 'other'), (tiny(), 'dynk')):
@@ -921,7 +912,7 @@ def test_sampling_keeps_to_top_k_and_seed():
     (dict(projections='qo'), [0.5, 0, 0.25] * 2, dict(
         attention=2 * (2 * 2 * 256 + 0.5 * 4 * 16 * 8), mlp=0.5 * 4 * 16 * 40,
         router=2 * 2 * (32 + 32 + 40) * (16 + 5))),
-    (MLM, None, dict(head=2 * 16 * 16 + 2 * 16 * 50)), (BERT, None, dict(head=0)),
+    (BERT, None, dict(head=0)),
     (CLS, None, dict(head=(2 * 16 * 16 + 2 * 16 * 3) / 9))])
 def test_flops_by_hand(config, rho, want):
     m = routed(tiny(**config))
@@ -971,7 +962,7 @@ GPT2, SEQUENCE = 'GPT2LMHeadModel', 'BertForSequenceClassification'
 
 @pytest.mark.parametrize('kind, config, dropped', [
     (GPT2, {}, ''), (GPT2, dict(activation_function='relu', n_inner=48), ''), ('BertModel', {}, ''),
-    ('BertForMaskedLM', dict(hidden_act='gelu_new'), ''), (SEQUENCE, {}, ''),
+    ('BertForMaskedLM', dict(hidden_act='gelu_new'), 'cls.predictions'), (SEQUENCE, {}, ''),
     ('BertForPreTraining', {}, 'cls.seq_relationship'),
     ('BertForTokenClassification', {}, 'classifier')])
 def test_published_models_are_those_of_transformers(kind, config, dropped, hub, tmp_path, capsys):
@@ -1007,12 +998,12 @@ def test_a_real_bert(hub, tmp_path):
     M.export(m, tmp_path)
     again = M.load(tmp_path)
     assert m.classify(texts) == again.classify(texts) == want
-    assert again.about['tokenizer_source'] == str(tmp_path)
+    assert again.about['tokenizer_json']
 
 @pytest.mark.parametrize('kind, config, owners', [
     (GPT2, dict(activation='gelu_tanh'), None), (GPT2, {}, OWNERS), ('BertModel', BERT, OWNERS),
     ('BertModel', BERT | dict(pooler=True), None), (SEQUENCE, CLS, None), (SEQUENCE, CLS, 'dense'),
-    ('BertForMaskedLM', MLM | dict(activation='relu'), None), ('', dict(projections='qo'), None)])
+    ('BertModel', BERT | dict(activation='relu'), None), ('', dict(projections='qo'), None)])
 def test_export_and_in_again(kind, config, owners, hub, tmp_path):
     m, idx, keep = tiny(**config), tokens(3, 12), ragged(12)
     m.about = dict(tokenizer='bytes', classes=['x', 'y', 'z']) if kind == SEQUENCE else {}
@@ -1055,11 +1046,11 @@ def test_a_head_for_other_classes(kind, n, hub, tmp_path):
     (GPT2, ('model.safetensors', 0), 'cannot be read'),
     (GPT2, ('model.safetensors', 9999), 'cannot be read'),
     (GPT2, 'transformer.h.1.ln_2.bias', r'no tensor transformer\.h\.1\.ln_2\.bias'),
-    ('BertForMaskedLM', 'cls.predictions.bias', r'no tensor cls\.predictions\.'),
-    (GPT2, dict(n_embd=64), 'cannot be read'), (GPT2, dict(model_type='opt'), "'opt' is neither"),
+    (SEQUENCE, 'classifier.bias', r'no tensor classifier\.bias'),
+    (GPT2, dict(n_embd=64), 'cannot be read'), (GPT2, dict(model_type='opt'), 'model_type=opt'),
     (GPT2, dict(tie_word_embeddings=False), 'tie_word_embeddings=False'),
     (GPT2, dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer_idx=True'),
-    (GPT2, dict(activation_function='silu'), "activation 'silu' is none of"),
+    (GPT2, dict(activation_function='silu'), 'activation_function=silu is'),
     ('BertForMaskedLM', dict(is_decoder=True), 'is_decoder=True'),
     ('BertModel', dict(position_embedding_type='relative_key'), 'relative_key is not')])
 def test_what_cannot_be_loaded_is_refused_in_one_sentence(kind, damage, says, request, tmp_path):
