@@ -37,7 +37,8 @@ from kernel import ACTIVATIONS, linear, neuron_mask
 # the values of tau that an evaluation tries, by rule
 GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
             threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
-            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5))
+            topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+            cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
 # of dynk, where nobody says otherwise: hardly anything lost where it was measured; 0.2 saves a
 # quarter more of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14
 # points of accuracy
@@ -50,8 +51,10 @@ def select(score, rule, tau=0.0, floor=0.0):
                 writes 1 - tau and has no floor: a token whose FFN is silent runs everything there)
     threshold   score >= tau
     topk        the share tau of the outputs, at least one: the largest, ties as in torch.topk
+    cumulative  the smallest set whose scores reach the share tau of the token's sum
 
-    A row of NaN runs nothing under dynk and threshold. ValueError if `rule` is none.
+    A row of NaN runs nothing under dynk, threshold and cumulative. ValueError names the
+    rules if `rule` is none.
     """
     if rule == 'dynk':
         return (score >= tau * score.amax(-1, keepdim=True)) & (score > floor)
@@ -61,6 +64,12 @@ def select(score, rule, tau=0.0, floor=0.0):
         k = max(1, round(tau * score.shape[-1]))
         chosen = torch.zeros_like(score, dtype=torch.bool)
         return chosen.scatter_(-1, score.topk(k, -1).indices, True)
+    if rule == 'cumulative':
+        ordered, index = score.sort(-1, descending=True)
+        # what the larger ones already reach
+        before = ordered.cumsum(-1) - ordered
+        chosen = before < tau * ordered.sum(-1, keepdim=True)
+        return torch.zeros_like(chosen).scatter_(-1, index, chosen)
     raise ValueError(f'rule must be one of {", ".join(GRID)}, not {rule!r}')
 
 # -------------------------------------------------------------------------------------- true norms

@@ -549,12 +549,16 @@ def same(a, b):
 
 def slow_rule(row, rule, tau, floor=0.0):
     """One token's scores, a list -> the outputs it runs."""
-    order = sorted(range(len(row)), key=lambda r: -row[r])
+    order, chosen = sorted(range(len(row)), key=lambda r: -row[r]), []
     if rule == 'dynk':
         return [r for r in order if row[r] >= tau * max(row) and row[r] > floor]
     if rule == 'threshold':
         return [r for r in order if row[r] >= tau]
-    return order[:max(1, round(tau * len(row)))]
+    if rule == 'topk':
+        return order[:max(1, round(tau * len(row)))]
+    while sum(row[r] for r in chosen) < tau * sum(row):
+        chosen.append(order[len(chosen)])
+    return chosen
 
 def slow_neurons(mlp, outputs):
     """The neurons of the slices that these outputs own, each once."""
@@ -875,7 +879,7 @@ def test_the_model_is_the_slow_model(config, owners):
 def test_every_expert_on_is_the_unrouted_model():
     m, idx = routed(tiny()), tokens(3, 12)
     dense = m(idx)
-    for rule, tau in (('dynk', 0), ('topk', 1), ('threshold', 0), ('', 0)):
+    for rule, tau in (('dynk', 0), ('topk', 1), ('threshold', 0), ('cumulative', 1), ('', 0)):
         close(m.set_rule(rule, tau, 0.0)(idx), dense)
     assert (m.set_rule('dynk', 0.9)(idx) - dense).abs().max() > 1e-2
     for model, rule in ((m, 'other'), (tiny(), 'dynk')):
