@@ -46,7 +46,7 @@ class Config:
     causal: bool = True                 # GPT; False: BERT
     pre_ln: bool = True                 # GPT; False: BERT
     n_types: int = 0                    # token types (BERT: 2)
-    head: Optional[str] = 'lm'          # lm, cls, None
+    head: Optional[str] = 'lm'          # lm, mlm, cls, None
     n_classes: int = 0                  # for head = cls
     pooler: bool = False                # BERT's tanh layer on the first token
     dropout: float = 0.0                # embeddings, attention weights, residuals; never neurons
@@ -163,6 +163,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.ln_eps) if c.pre_ln else None
         self.pooler = Linear(c.n_embd, c.n_embd) if c.pooler else None
+        if c.head == 'mlm':             # BERT's: dense, activation, LayerNorm, tied decoder
+            norm = nn.LayerNorm(c.n_embd, eps=c.ln_eps)
+            self.mlm = nn.ModuleDict(dict(dense=Linear(c.n_embd, c.n_embd), ln=norm))
+            self.mlm_bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.classifier = Linear(c.n_embd, c.n_classes) if c.head == 'cls' else None
         self.apply(self._init)
         # GPT-2: residual branches start small
@@ -251,11 +255,14 @@ class Transformer(nn.Module):
         return layout.pad(x if self.ln_f is None else self.ln_f(x))
 
     def logits(self, h):
-        """The head: (..., D) -> (..., V) for lm; (B, L, D) -> (B, classes) for cls."""
+        """The head: (..., D) -> (..., V) for lm and mlm; (B, L, D) -> (B, classes) for cls."""
         if self.config.head == 'cls':
             h = h[:, 0]
             h = h if self.pooler is None else torch.tanh(self.pooler(h))
             return self.classifier(self.drop(h))
+        if self.config.head == 'mlm':
+            h = self.mlm['ln'](ACTIVATIONS[self.config.activation](self.mlm['dense'](h)))
+            return linear(h, self.wte.weight, self.mlm_bias)
         return linear(h, self.wte.weight)
 
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None):
@@ -332,8 +339,8 @@ class Transformer(nn.Module):
                 out['router'] += 2 * sum(p.numel() for p in matrices)
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
-        elif c.head == 'lm':
-            out['head'] = 2 * D * c.vocab_size
+        elif c.head:
+            out['head'] = 2 * D * c.vocab_size + (2 * D * D if c.head == 'mlm' else 0)
         out['total'] = sum(out.values())
         return out
 
@@ -471,7 +478,7 @@ def load(where, n_classes=0):
     if n_classes and (config['head'], config['n_classes']) != ('cls', n_classes):
         if config['causal']:
             raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
-        state = {k: v for k, v in state.items() if not k.startswith('classifier')}
+        state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
         D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
         for name, n in dict(pooler=D, classifier=n_classes).items():
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
@@ -506,7 +513,9 @@ BERT = {'wte': 'bert.embeddings.word_embeddings', 'wpe': 'bert.embeddings.positi
         'attn.o': 'attention.output.dense', 'ln_1': 'attention.output.LayerNorm',
         'ln_2': 'output.LayerNorm', 'mlp.w_in': 'intermediate.dense.weight',
         'mlp.b_in': 'intermediate.dense.bias', 'mlp.w_out': 'output.dense.weight',
-        'mlp.b_out': 'output.dense.bias', 'pooler': 'bert.pooler.dense'}
+        'mlp.b_out': 'output.dense.bias', 'pooler': 'bert.pooler.dense',
+        'mlm.dense': 'cls.predictions.transform.dense',
+        'mlm.ln': 'cls.predictions.transform.LayerNorm', 'mlm_bias': 'cls.predictions.bias'}
 KEYS = {'gpt2': dict(n_layer='n_layer', n_head='n_head', n_embd='n_embd', n_hidden='n_inner',
                      block_size='n_positions', vocab_size='vocab_size',
                      activation='activation_function', ln_eps='layer_norm_epsilon'),
@@ -549,9 +558,8 @@ def published_class(c):
     library = transformers()
     if c.causal:
         return library.GPT2LMHeadModel, ''
-    if c.head == 'cls':
-        return library.BertForSequenceClassification, ''
-    return library.BertModel, 'bert.'
+    heads = dict(cls=library.BertForSequenceClassification, mlm=library.BertForMaskedLM)
+    return (heads[c.head], '') if c.head else (library.BertModel, 'bert.')
 
 def published_config(where, n_classes=0):
     """(transformers' config of a published model, our Config). BadInput says what is not ours."""
@@ -568,11 +576,13 @@ def published_config(where, n_classes=0):
     c = Config(**{ours: getattr(j, theirs) for ours, theirs in KEYS[j.model_type].items()},
                causal=causal, pre_ln=causal)
     c.activation, c.n_hidden = ACTS[c.activation], c.n_hidden or 4 * c.n_embd
-    if causal:
-        return j, c
-    c.head, c.pooler = None, True
-    if j.architectures == ['BertForSequenceClassification'] and n_classes in (0, j.num_labels):
-        c.head, c.n_classes = 'cls', j.num_labels
+    kind = (getattr(j, 'architectures', None) or ['BertModel'])[0]
+    if not causal:
+        c.head, c.pooler = None, True
+        if kind == 'BertForSequenceClassification' and n_classes in (0, j.num_labels):
+            c.head, c.n_classes = 'cls', j.num_labels
+        elif kind in ('BertForMaskedLM', 'BertForPreTraining') and not n_classes:
+            c.head, c.pooler = 'mlm', False
     return j, c
 
 def read_published(where, n_classes=0):

@@ -492,7 +492,7 @@ def test_gpu_more_than_two_to_the_31_elements():
 torch.set_num_threads(1)
 
 BERT = dict(causal=False, pre_ln=False, n_types=2, head=None, activation='gelu', ln_eps=1e-12)
-CLS = BERT | dict(head='cls', n_classes=3, pooler=True)
+MLM, CLS = BERT | dict(head='mlm'), BERT | dict(head='cls', n_classes=3, pooler=True)
 # three outputs: slice 0 is shared, 1 empty, 2 of two outputs, 4 pruned
 OFFSETS = [0, 7, 7, 20, 31, 40]
 OWNERS = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 1, 1, 0], [1, 0, 1, 0, 0]], dtype=torch.bool)
@@ -603,10 +603,14 @@ def slow_model(m, idx, keep=None, types=None):
             x[t] = x[t] if c.pre_ln else b.ln_1(x[t])
             y = x[t] + slow_mlp(b.mlp, b.ln_2(x[t]) if c.pre_ln else x[t])
             x[t] = y if c.pre_ln else b.ln_2(y)
-    hidden = {t: m.ln_f(x[t]) if c.pre_ln else x[t] for t in x}
+    hidden = g = {t: m.ln_f(x[t]) if c.pre_ln else x[t] for t in x}
     if c.head == 'cls':
         return hidden, {t: m.classifier(torch.tanh(m.pooler(h))) for t, h in hidden.items()}
-    return hidden, {t: m.wte.weight @ h for t, h in hidden.items()} if c.head else hidden
+    if c.head == 'mlm':
+        act = kernel.ACTIVATIONS[c.activation]
+        g = {t: m.mlm['ln'](act(m.mlm['dense'](h))) for t, h in hidden.items()}
+    bias = m.mlm_bias if c.head == 'mlm' else 0
+    return hidden, {t: m.wte.weight @ g[t] + bias for t in g} if c.head else hidden
 
 def check(m, idx, keep=None, types=None):
     """Hidden states and logits are the slow model's, whoever taps; padding is zero, never run."""
@@ -862,7 +866,7 @@ def test_distil(config):
 # -------------------------------------------------------------------------------------- model
 
 @pytest.mark.parametrize('config, owners', [
-    *((config, owners) for config in ({}, BERT, CLS) for owners in ('dense', None, OWNERS)),
+    *((config, owners) for config in ({}, BERT, MLM, CLS) for owners in ('dense', None, OWNERS)),
     (dict(projections='ko', activation='gelu_tanh'), None)])
 def test_the_model_is_the_slow_model(config, owners):
     m, idx, tap = tiny(**config), tokens(3, 8), M.Masks()
@@ -916,7 +920,7 @@ def test_sampling_keeps_to_top_k_and_seed():
     (dict(projections='qo'), [0.5, 0, 0.25] * 2, dict(
         attention=2 * (2 * 2 * 256 + 0.5 * 4 * 16 * 8), mlp=0.5 * 4 * 16 * 40,
         router=2 * 2 * (32 + 32 + 40) * (16 + 5))),
-    (BERT, None, dict(head=0)),
+    (MLM, None, dict(head=2 * 16 * 16 + 2 * 16 * 50)), (BERT, None, dict(head=0)),
     (CLS, None, dict(head=(2 * 16 * 16 + 2 * 16 * 3) / 9))])
 def test_flops_by_hand(config, rho, want):
     m = routed(tiny(**config))
@@ -966,7 +970,7 @@ GPT2, SEQUENCE = 'GPT2LMHeadModel', 'BertForSequenceClassification'
 
 @pytest.mark.parametrize('kind, config, dropped', [
     (GPT2, {}, ''), (GPT2, dict(activation_function='relu', n_inner=48), ''), ('BertModel', {}, ''),
-    ('BertForMaskedLM', dict(hidden_act='gelu_new'), 'cls.predictions'), (SEQUENCE, {}, ''),
+    ('BertForMaskedLM', dict(hidden_act='gelu_new'), ''), (SEQUENCE, {}, ''),
     ('BertForPreTraining', {}, 'cls.seq_relationship'),
     ('BertForTokenClassification', {}, 'classifier')])
 def test_published_models_are_those_of_transformers(kind, config, dropped, hub, tmp_path, capsys):
@@ -1007,7 +1011,7 @@ def test_a_real_bert(hub, tmp_path):
 @pytest.mark.parametrize('kind, config, owners', [
     (GPT2, dict(activation='gelu_tanh'), None), (GPT2, {}, OWNERS), ('BertModel', BERT, OWNERS),
     ('BertModel', BERT | dict(pooler=True), None), (SEQUENCE, CLS, None), (SEQUENCE, CLS, 'dense'),
-    ('BertModel', BERT | dict(activation='relu'), None), ('', dict(projections='qo'), None)])
+    ('BertForMaskedLM', MLM | dict(activation='relu'), None), ('', dict(projections='qo'), None)])
 def test_export_and_in_again(kind, config, owners, hub, tmp_path):
     m, idx, keep = tiny(**config), tokens(3, 12), ragged(12)
     m.about = dict(tokenizer='bytes', classes=['x', 'y', 'z']) if kind == SEQUENCE else {}
@@ -1050,7 +1054,7 @@ def test_a_head_for_other_classes(kind, n, hub, tmp_path):
     (GPT2, ('model.safetensors', 0), 'cannot be read'),
     (GPT2, ('model.safetensors', 9999), 'cannot be read'),
     (GPT2, 'transformer.h.1.ln_2.bias', r'no tensor transformer\.h\.1\.ln_2\.bias'),
-    (SEQUENCE, 'classifier.bias', r'no tensor classifier\.bias'),
+    ('BertForMaskedLM', 'cls.predictions.bias', r'no tensor cls\.predictions\.'),
     (GPT2, dict(n_embd=64), 'cannot be read'), (GPT2, dict(model_type='opt'), 'model_type=opt'),
     (GPT2, dict(tie_word_embeddings=False), 'tie_word_embeddings=False'),
     (GPT2, dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer_idx=True'),
