@@ -30,6 +30,7 @@ if __name__ == '__main__':                  # Ctrl-C while torch is being import
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import collections
 import contextlib
 import difflib
 import functools
@@ -40,16 +41,14 @@ import itertools
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
-from typing import Annotated, Literal, NamedTuple, Optional, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -64,11 +63,30 @@ from sparsify import Distil, Sparsify
 
 # -------------------------------------------------------------------------------------- options
 
+PRESETS = {
+    'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16,
+                 base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
+                 sparsify_lr=5e-4, router_width=96),
+    # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
+    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0,
+                 block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
+                 sparsify_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0,
+                 n_experts=768, router_steps=5000, router_lr=3e-3, router_width=128),
+    # the authors' settings for ReLU-fied BERT-base on emotion (CARER): 16,000 texts, so 250 steps
+    # are an epoch; 10 epochs a phase, 3 for the projections; the penalty's weight is constant
+    'bert': dict(out_dir='out-bert', arch='bert', tokenizer='wordpiece',
+                 init_from='bert-base-uncased', block_size=128, dropout=0.1, batch_size=64,
+                 weight_decay=0.01, base_lr=2e-5, sparsify_lr=2e-5, base_steps=2500,
+                 sparsify_steps=2500, attn_steps=750, sparsity_loss='l1', sparsity_weight=1e-4,
+                 sparsity_ramp=0.0, n_experts=128, router_steps=2500, router_lr=1e-3,
+                 router_width=128),
+}
+
 @dataclass
 class Command:
     """the command"""
     phase: str = 'all'                      # one of the phases, eval, sample, export, or all
-    preset: str = ''                        # gpt2, bert (the paper's), hour (an hour on 2 cores)
+    preset: Annotated[str, {'': (), **PRESETS}] = ''     # hour: on 2 cores; the others the paper's
     out_dir: str = 'out'                    # checkpoints, the encoded data, results.json
     overwrite: bool = False                 # run phases again whose options or input changed
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
@@ -87,7 +105,7 @@ class Loop:
 class Use:
     """what is done with the checkpoints: eval, sample, export"""
     rule: Annotated[str, {'': (), **GRID}] = ''     # '' = the router's usual
-    tau: Annotated[Optional[float], '0..1'] = None  # instead of the grid; of topk the share
+    tau: Annotated[float, '0..1'] = None    # instead of the grid; of topk the share
     floor: float = FLOOR                    # of dynk: less than it does not run; in RMS of a layer
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
     prompt: str = '\n'
@@ -115,15 +133,34 @@ class Base:
     lr: float = 2e-3                # cosine to a tenth, warm-up over 5 %
 
     def create(self, about):
-        c, n_classes = self, len(about.get('classes', ()))
         if self.init_from:
-            return adopted(self, about)
-        bert = dict(causal=False, pre_ln=False, n_types=2, head='cls', n_classes=n_classes,
-                    pooler=True, ln_eps=1e-12) if self.arch == 'bert' else {}
+            return self.adopt(about)
+        bert = dict(causal=False, pre_ln=False, n_types=2, head='cls', pooler=True, ln_eps=1e-12,
+                    n_classes=len(about['classes'])) if self.arch == 'bert' else {}
         return Transformer(Config(
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=4 * c.n_embd,
-            block_size=c.block_size, vocab_size=about['vocab'], activation=c.activation,
-            dropout=c.dropout, **bert))
+            n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, n_hidden=4 * self.n_embd,
+            block_size=self.block_size, vocab_size=about['vocab'], activation=self.activation,
+            dropout=self.dropout, **bert))
+
+    def adopt(self, about):
+        """The model of --init_from, dense again if it was routed."""
+        model = load(self.init_from, n_classes=len(about.get('classes', ())))
+        c, vocab, have = model.config, about['vocab'], f'--init_from={self.init_from} has'
+        refuse(c.causal != (self.arch == 'gpt'), f'{have} another --arch than {self.arch}')
+        # published embeddings of wordpieces may have rows to spare
+        refuse(vocab > c.vocab_size or vocab < c.vocab_size and self.tokenizer != 'wordpiece',
+               f'{have} {c.vocab_size} tokens, --tokenizer={self.tokenizer} has {vocab}')
+        refuse(self.block_size > c.block_size,
+               f'{have} {c.block_size} positions; use --block_size={c.block_size}')
+        for name in ('n_layer', 'n_head', 'n_embd', 'activation'):
+            setattr(self, name, getattr(c, name))
+        dense = Config(dropout=self.dropout)
+        for name in ('n_experts', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau',
+                     'floor', 'dropout'):
+            setattr(c, name, getattr(dense, name))
+        state = {k: v[[0, -1]] if k.endswith('.offsets') else v
+                 for k, v in model.state_dict().items() if '.router.' not in k}
+        return build(dict(config=asdict(c), model=state, data=about))
 
     def prepare(self, model, batches):
         pass
@@ -134,9 +171,12 @@ class Base:
     def loss(self, model, batch, progress):
         return model.loss(batch), {}
 
+@dataclass
 class Dense:
-    """The control: sparsify's steps and rate, no penalty. It has no options of its own."""
+    """The control: sparsify's steps and rate, no penalty."""
     reads, writes, like = ('base',), 'dense', 'sparsify'
+    steps: int = Sparsify.steps
+    lr: float = Sparsify.lr
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
 PHASES = dict(base=Base, dense=Dense, attn=Distil, sparsify=Sparsify, moefy=Moefy, router=Route)
@@ -146,24 +186,6 @@ COMMANDS = dict(eval=('rule', 'tau', 'floor', 'eval_batches', 'router_loss'),
                         'router_loss', 'seed'),
                 export=('rule', 'tau', 'floor', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
-PRESETS = {
-    'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16,
-                 base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
-                 sparsify_lr=5e-4, router_width=96),
-    # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
-    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0,
-                 block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
-                 sparsify_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0,
-                 n_experts=768, router_steps=5000, router_lr=3e-3, router_width=128),
-    # the authors' settings for ReLU-fied BERT-base on emotion (CARER): 16,000 texts, so 250 steps
-    # are an epoch; 10 epochs a phase, 3 for the projections; the penalty's weight is constant
-    'bert': dict(out_dir='out-bert', arch='bert', tokenizer='wordpiece',
-                 init_from='bert-base-uncased', block_size=128, dropout=0.1, batch_size=64,
-                 weight_decay=0.01, base_lr=2e-5, sparsify_lr=2e-5, base_steps=2500,
-                 sparsify_steps=2500, attn_steps=750, sparsity_loss='l1', sparsity_weight=1e-4,
-                 sparsity_ramp=0.0, n_experts=128, router_steps=2500, router_lr=1e-3,
-                 router_width=128),
-}
 # what an annotation may ask for, beside a dict of choices
 RANGES = {'0,1,2': ('different whole numbers, a comma between them',
                     lambda v: all(n.isdigit() and v.split(',').count(n) == 1
@@ -172,163 +194,134 @@ RANGES = {'0,1,2': ('different whole numbers, a comma between them',
           'letters of qkvo': ('some of the letters qkvo, each once',
                               lambda v: set(v) <= set('qkvo') and len(set(v)) == len(v))}
 
-def own_options(name):
-    """{option: (field, type, default)} of a phase, or of Command, Loop, Use."""
-    cls = PHASES.get(name, name)
-    if hasattr(cls, 'like'):
-        theirs = own_options(cls.like)
-        return {key: theirs[key] for key in (f'{cls.like}_steps', f'{cls.like}_lr')}
-    hints = get_type_hints(cls, include_extras=True)
-    return {f'{name}_{f.name}' if f.name in ('steps', 'lr') else f.name:
-            (f.name, hints[f.name], f.default) for f in fields(cls)}
+def own_options(section):
+    """{option: its dataclass field} of a phase, or of Command, Loop, Use."""
+    cls = PHASES.get(section, section)
+    prefix = getattr(cls, 'like', section)
+    return {f'{prefix}_{f.name}' if f.name in ('steps', 'lr') else f.name: f for f in fields(cls)}
 
 def all_options():
-    out = {}
-    for section in (Command, *PHASES, Loop, Use):
-        out |= own_options(section)
-    return out
+    sections = Command, *PHASES, Loop, Use
+    return {option: f for section in sections for option, f in own_options(section).items()}
 
-def cast(name, value, hint):
-    """The value that a typed text stands for, checked by its annotation."""
-    condition, choices = None, ()
-    if hasattr(hint, '__metadata__'):
-        hint, condition = hint.__origin__, hint.__metadata__[0]
-    if get_origin(hint) is Literal:
-        hint, choices = str, get_args(hint)
-    kind = next((t for t in get_args(hint) if t is not type(None)), hint)
-    words = {'1': True, 'true': True, 'True': True, '0': False, 'false': False, 'False': False}
+def refuse(wrong, sentence):
+    if wrong:
+        raise BadInput(sentence)
+
+def cast(name, text, f):
+    """The value that a typed text stands for, checked by the annotation of its field."""
+    kind = float if f.default is None else type(f.default)
+    # names to choose from, or a key of RANGES
+    asks = f.type.__metadata__[0] if hasattr(f.type, '__metadata__') else get_args(f.type)
+    words = {'1': True, 'true': True, '0': False, 'false': False}
     try:
-        value = words[value] if kind is bool else kind(value)
+        value = words[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         what = '0 or 1' if kind is bool else f'of type {kind.__name__}'
-        raise BadInput(f'--{name}={value}: must be {what}') from None
-    if isinstance(condition, dict):         # names; of an `each` perhaps several
-        choices = condition
-    elif condition and not RANGES[condition][1](value):
-        raise BadInput(f'--{name}={value}: must be {RANGES[condition][0]}')
-    elif kind in (int, float) and not 0 <= value < math.inf:
-        raise BadInput(f'--{name}={value}: must be finite and not negative')
-    several = any(getattr(cls, 'each', None) == name for cls in PHASES.values())
-    for word in (value.split(',') if several else [value]) if choices else ():
-        if word not in choices:
-            raise BadInput(f'--{name}={word}: must be one of {", ".join(c for c in choices if c)}')
+        raise BadInput(f'--{name}={text}: must be {what}') from None
+    if isinstance(asks, str):
+        refuse(not RANGES[asks][1](value), f'--{name}={text}: must be {RANGES[asks][0]}')
+    elif kind in (int, float):
+        refuse(not 0 <= value < math.inf, f'--{name}={text}: must be finite and not negative')
+    elif asks:
+        several = any(getattr(cls, 'each', None) == name for cls in PHASES.values())
+        for word in text.split(',') if several else [text]:
+            refuse(word not in asks,
+                   f'--{name}={word}: must be one of {", ".join(filter(None, asks))}')
     return value
 
 def parse(argv):
     """`--key=value` arguments, a preset's among them -> {option: value} of what was typed."""
     known, typed = all_options(), {}
     for arg in argv:
-        key, eq, value = arg.partition('=')
+        key, eq, text = arg.partition('=')
         name = key.removeprefix('--').replace('-', '_')
-        if not key.startswith('--') or not eq:
-            raise BadInput(f'{arg!r} is not of the form --key=value (--help lists the keys)')
+        refuse(not key.startswith('--') or not eq,
+               f'{arg!r} is not of the form --key=value (--help lists the keys)')
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f'did you mean --{near[0]}?' if near else 'see --help'
-            raise BadInput(f'--{name}: unknown option; {hint}')
-        typed[name] = cast(name, value, known[name][1])
-    if typed.get('preset') and typed['preset'] not in PRESETS:
-        raise BadInput(f'--preset={typed["preset"]}: must be one of {", ".join(PRESETS)}')
+            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            raise BadInput(f'--{name}: unknown option; did you mean --{near}? (--help lists all)')
+        typed[name] = cast(name, text, known[name])
     explicit, preset = set(typed), dict(PRESETS.get(typed.get('preset'), {}))
     if 'n_experts' in typed:                # one excludes the other, a preset's too
         typed.setdefault('expert_size', 0)
     if typed.get('expert_size'):
         preset.pop('n_experts', None)
     typed = preset | typed
-    typed |= implied(typed)
+    typed = implied(typed) | typed
     check(typed, explicit)
     return typed
 
 def implied(typed):
-    """What --data and --init_from say of --arch and --tokenizer, where these are not typed."""
-    source, out = typed.get('init_from'), {}
-    if source and not {'arch', 'tokenizer'} <= typed.keys():
-        c, about = peek(source)
-        out = dict(arch='gpt' if c.causal else 'bert', tokenizer=about.get('tokenizer', 'bytes'))
-    elif str(typed.get('data')).endswith(('.tsv', '.jsonl')):
-        out = dict(arch='bert')
-    return {name: value for name, value in out.items() if name not in typed}
+    """What --init_from and --data say of --arch and --tokenizer, where these are not typed."""
+    if typed.get('init_from') and not {'arch', 'tokenizer'} <= typed.keys():
+        c, about = peek(typed['init_from'])
+        return dict(arch='gpt' if c.causal else 'bert', tokenizer=about.get('tokenizer', 'bytes'))
+    return dict(arch='bert') if is_labelled(typed.get('data', '')) else {}
+
+def is_labelled(source):
+    return source.endswith(('.tsv', '.jsonl'))
 
 def with_defaults(typed):
-    return SimpleNamespace(**{k: default for k, (_, _, default) in all_options().items()} | typed)
+    return SimpleNamespace(**{option: f.default for option, f in all_options().items()} | typed)
 
 def ancestors(name):
     """The phases that lead to this one, itself among them."""
-    out = {name}
-    for other, cls in PHASES.items():
-        if name in PHASES and cls.writes in PHASES[name].reads:
-            out |= ancestors(other)
-    return out
+    before = [other for other, cls in PHASES.items() if cls.writes in PHASES[name].reads]
+    return {name}.union(*map(ancestors, before))
 
 def check(typed, explicit):
     """What options can get wrong together, and explicit ones that nothing would read."""
-    o = with_defaults(typed)
-    if o.phase not in (*PHASES, *COMMANDS, 'all'):
-        raise BadInput(f'--phase={o.phase}: must be all, {", ".join((*COMMANDS, *PHASES))}')
+    o, one_model = with_defaults(typed), typed.get('phase') in ('sample', 'export')
+    refuse(o.phase not in (*PHASES, *COMMANDS, 'all'),
+           f'--phase={o.phase}: must be all, {", ".join((*COMMANDS, *PHASES))}')
     used = {*own_options(Command), *COMMANDS.get('eval' if o.phase == 'all' else o.phase, ())}
-    if o.phase not in ('sample', 'export'):
+    if not one_model:
         phases = ancestors(o.phase) if o.phase in PHASES else PHASES
         used = used.union(LOOP, *map(own_options, phases))
-    for name in sorted(explicit - used) + (['seed'] if {'seed', 'seeds'} <= explicit else []):
+    if o.seeds:
+        used.discard('seeds' if one_model else 'seed')
+    for name in sorted(explicit - used):
         raise BadInput(f'--{name}: --phase={o.phase} does not use it; leave it out')
-    labelled = o.data.endswith(('.tsv', '.jsonl'))
-    if labelled != (o.arch == 'bert') and o.data != 'stdlib' or o.val and not labelled:
-        raise BadInput(f'--data={o.data}: --arch=bert, and only it, learns from labelled texts '
-                       '(and their --val), a .tsv or .jsonl file')
-    if o.tokenizer == ('gpt2' if o.arch == 'bert' else 'wordpiece') or \
-            o.tokenizer == 'wordpiece' and not o.init_from:
-        raise BadInput(f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from '
-                       '--init_from')
-    sizes = {'n_layer', 'n_head', 'n_embd', 'activation'} & typed.keys()
-    if o.init_from and sizes:
-        raise BadInput(f'--{min(sizes)}: --init_from={o.init_from} brings its own; leave it out')
-    if {'n_experts', 'expert_size'} <= typed.keys() and o.expert_size:
-        raise BadInput(f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
+    bert = o.arch == 'bert'
+    refuse(is_labelled(o.data) != bert and o.data != 'stdlib' or o.val and not is_labelled(o.data),
+           f'--data={o.data}: --arch=bert, and only it, learns from labelled texts (and their '
+           '--val), a .tsv or .jsonl file')
+    refuse(o.tokenizer == ('gpt2' if bert else 'wordpiece') or
+           o.tokenizer == 'wordpiece' and not o.init_from,
+           f'--tokenizer={o.tokenizer}: --arch=bert takes bytes, or wordpiece from --init_from')
+    for name in ('n_layer', 'n_head', 'n_embd', 'activation'):
+        refuse(o.init_from and name in typed,
+               f'--{name}: --init_from={o.init_from} brings its own; leave it out')
+    refuse('n_experts' in typed and o.expert_size,
+           f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
     new = not o.init_from and not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
-    if new and max(o.expert_size, 0 if o.expert_size else o.n_experts) > 4 * o.n_embd:
-        name = 'expert_size' if o.expert_size else 'n_experts'
-        raise BadInput(f'--{name}={getattr(o, name)}: more than the {4 * o.n_embd} neurons of '
-                       'an FFN')
-    if o.n_embd % o.n_head:
-        raise BadInput(f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
-    if 'oracle' in o.router_loss:
-        raise BadInput('--router_loss=oracle: has nothing to learn; eval shows it anyway')
-    if not o.out_dir:
-        raise BadInput('--out_dir=: give a folder')
-    if o.seeds and o.phase in ('sample', 'export'):
-        raise BadInput(f'--seeds={o.seeds}: --phase={o.phase} takes one --out_dir={o.out_dir}/sN')
-    if o.phase == 'export' and not o.to:
-        raise BadInput('--phase=export needs --to=DIR, a folder that is not there yet')
-    if not dict(cuda=torch.cuda, mps=torch.backends.mps).get(o.device, torch.cpu).is_available():
-        raise BadInput(f'--device={o.device}: torch {torch.__version__} finds none here; '
-                       'try --device=auto')
+    name = 'expert_size' if o.expert_size else 'n_experts'
+    refuse(new and getattr(o, name) > 4 * o.n_embd, f'--{name}={getattr(o, name)}: more than the '
+           f'{4 * o.n_embd} neurons of an FFN')
+    refuse(o.n_embd % o.n_head, f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
+    refuse('oracle' in o.router_loss,
+           '--router_loss=oracle: has nothing to learn; eval shows it anyway')
+    refuse(o.phase == 'export' and not o.to,
+           '--phase=export needs --to=DIR, a folder that is not there yet')
 
 def print_help():
     print(__doc__)
-    for name in (Command, *PHASES, Loop, Use):
-        cls = PHASES.get(name, name)
-        print(f'\n  {name if isinstance(name, str) else ""} {cls.__doc__.splitlines()[0]}'.rstrip())
+    for section in (Command, *PHASES, Loop, Use):
+        cls = PHASES.get(section, section)
+        title = section if section in PHASES else ''
+        print(f'\n  {title} {cls.__doc__.splitlines()[0]}'.rstrip())
         lines = inspect.getsource(cls).splitlines()
-        for option, (field, _, default) in own_options(name).items():
-            line = next((x for x in lines if x.strip().startswith(f'{field}:')), '')
-            print(f'    --{option:<18} {default!s:<12} {line.partition("# ")[2]}'.rstrip())
+        for option, f in own_options(section).items():
+            line = next((x for x in lines if x.strip().startswith(f'{f.name}:')), '')
+            print(f'    --{option:<18} {f.default!s:<12} {line.partition("# ")[2]}'.rstrip())
 
 # -------------------------------------------------------------------------------------- data
 
 class Rows(NamedTuple):
-    """Labelled texts in one array: text(i), cut to `block_size`, is of class classes[i]."""
-    tokens: np.ndarray
-    ends: np.ndarray
+    """Labelled texts: tokens of each, cut to --block_size, and the number of its class."""
+    texts: list
     classes: np.ndarray
-    block_size: int
-    closing: int                            # tokens that close a text and survive the cut
-
-    def lengths(self):                      # before the cut
-        return np.diff(self.ends, prepend=0)
-
-    def text(self, i):
-        tokens = self.tokens[self.ends[i - 1] if i else 0:self.ends[i]].astype(np.int64)
-        return cut(tokens, self.block_size, self.closing)
 
 class Corpus(NamedTuple):
     """Tokens, mapped into memory, or Rows of labelled texts; and where they came from."""
@@ -353,81 +346,59 @@ def text_files(source):
 
 def content_hash(files):
     digest = hashlib.sha256()
-    for path in files:
-        with open(path, 'rb') as f:
-            while piece := f.read(1 << 24):
-                digest.update(piece)
+    for path in filter(os.path.getsize, files):
+        digest.update(np.memmap(path, mode='r'))
     return digest.hexdigest()[:16]
 
 def open_corpus(o, folder):
     """--data as tokens, encoded once into folder/data.pt, where they are found again even if the
-    source is gone. A source that changed stops the run, unless --overwrite=1 encodes it anew."""
+    source is gone."""
     bins = [os.path.join(o.data, name) for name in ('train.bin', 'val.bin')]
     if os.path.isfile(bins[0]):             # nanoGPT's folder, used where it is
-        if not all(os.path.isfile(f) and os.path.getsize(f) for f in bins):
-            raise BadInput(f'--data={o.data}: needs both train.bin and val.bin')
+        refuse(not all(os.path.isfile(f) and os.path.getsize(f) for f in bins),
+               f'--data={o.data}: needs both train.bin and val.bin')
         about = dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(bins),
                      vocab=256 if o.tokenizer == 'bytes' else 50257)
-        return as_corpus(o, dict(about=about, **{name: np.memmap(f, np.uint16, 'r') for name, f
-                                                 in zip(('train', 'val'), bins)}))
-    wanted, path = [o.data, o.val, o.tokenizer, o.arch], os.path.join(folder, 'data.pt')
-    wanted += [o.init_from] if o.tokenizer == 'wordpiece' else []
-    wanted += [o.block_size] if o.arch == 'bert' and o.data == 'stdlib' else []
-    known = {}
+        return checked(o, Corpus(*(np.memmap(f, np.uint16, 'r') for f in bins), about))
+    path, known = os.path.join(folder, 'data.pt'), {}
     with contextlib.suppress(Exception):    # not there, or damaged: encoded again
         known = torch.load(path, mmap=True, weights_only=True)
+    wanted = [o.data, o.val, o.tokenizer, o.arch, o.init_from, o.block_size]
     sources = [text_files(source) for source in (o.data, o.val) if source]
     files = sum(sources, [])
-    if known.get('wanted') != wanted:
-        known = {}
-    if known and all(sources) and content_hash(files) != known['about']['hash']:
-        if not (o.overwrite and o.phase in ('all', 'base')):
-            raise BadInput(f'--data={o.data}: changed since it was encoded into {path}; bring it '
-                           'back, use another --out_dir, or start again with --phase=all '
-                           '--overwrite=1')
-        known = {}
-    if not known:
-        if not all(sources) or not sum(map(os.path.getsize, files)):
-            raise BadInput(f'--data={o.data}: no such file, no texts in it, or empty')
-        make_folder(folder)
+    stale = known and all(sources) and known['about']['hash'] != content_hash(files)
+    if stale or known.get('wanted') != wanted:
+        refuse(not all(sources) or not sum(map(os.path.getsize, files)),
+               f'--data={o.data}: no such file, no texts in it, or empty')
         known = encode(o, files) | dict(wanted=wanted)
         write_atomically(path, lambda temporary: torch.save(known, temporary))
-    arrays = {name: t.numpy() for name, t in known.items() if torch.is_tensor(t)}
-    return as_corpus(o, known | arrays)
+    known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
+    if o.arch == 'bert':
+        for name in ('train', 'val'):
+            texts = np.split(known[name], known[f'{name}_ends'][:-1])
+            known[name] = Rows(texts, known[f'{name}_classes'])
+    return checked(o, Corpus(known['train'], known['val'], known['about']))
 
-def as_corpus(o, known):
-    """What open_corpus found, checked against the options, and one line about it."""
-    about, parts = known['about'], [known['train'], known['val']]
-    if 'classes' in about:
-        parts = [Rows(known[name], known[f'{name}_ends'], known[f'{name}_classes'], o.block_size,
-                      about['closing']) for name in ('train', 'val')]
-        cut = sum(int((rows.lengths() > o.block_size).sum()) for rows in parts)
-        say = f'{len(parts[0].ends):,} texts of {len(about["classes"])} classes to train on, ' \
-              f'{len(parts[1].ends):,} held out'
-        say += f'; {cut:,} longer than --block_size={o.block_size} are cut' if cut else ''
+def checked(o, corpus):
+    """A corpus that fits the options, and one line about it."""
+    if o.arch == 'bert':
+        counts, what = [len(rows.classes) for rows in corpus[:2]], 'labelled texts'
     else:
-        say = f'{len(parts[0]):,} tokens to train on, {len(parts[1]):,} held out'
-        for name, tokens in zip(('train on', 'evaluate with'), parts):
-            if len(tokens) <= o.block_size:
-                raise BadInput(f'--data={o.data}: {len(tokens)} tokens to {name} are too few for '
-                               f'--block_size={o.block_size}')
-            if tokens.max() >= about['vocab']:
-                raise BadInput(f'--data={o.data}: token {tokens.max()} is beyond the '
-                               f'{about["vocab"]} of --tokenizer={o.tokenizer}')
-    say_once(f'data: {about["source"]}: {say}')
-    return Corpus(*parts, about)
+        counts, what = [len(tokens) for tokens in corpus[:2]], 'tokens'
+        refuse(min(counts) <= o.block_size, f'--data={o.data}: {counts[0]} tokens to train on and '
+               f'{counts[1]} held out are too few for --block_size={o.block_size}')
+        largest, vocab = max(tokens.max() for tokens in corpus[:2]), corpus.about['vocab']
+        refuse(largest >= vocab, f'--data={o.data}: token {largest} is beyond the {vocab} of '
+               f'--tokenizer={o.tokenizer}')
+    say_once(f'data: {o.data}: {counts[0]:,} {what} to train on, {counts[1]:,} held out')
+    return corpus
 
 def encode(o, files):
     """The tokens of all files and what there is to know about them, as open_corpus keeps them."""
-    about = dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(files),
-                 n_files=len(files))
-    if o.tokenizer == 'wordpiece':
-        theirs = peek(o.init_from)[1]
-        about |= {key: theirs[key] for key in theirs if key.startswith('tokenizer_')}
-    if o.data == 'stdlib':
-        about['source'] = f"Python {platform.python_version()}'s standard library"
+    about = peek(o.init_from)[1] if o.tokenizer == 'wordpiece' else {}
+    about |= dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(files))
     texts = tokenizer(about, o.arch == 'gpt')
-    about |= dict(vocab=texts.vocab_size) | (dict(tokenizer_json=texts.json) if texts.json else {})
+    about |= dict(vocab=texts.vocab_size, tokenizer_json=texts.json)
     kind = np.uint16 if texts.vocab_size <= 1 << 16 else np.uint32
     if o.arch == 'bert':
         return encode_labelled(o, texts, kind, about)
@@ -439,201 +410,169 @@ def encode(o, files):
         tokens = np.frombuffer(chunk, np.uint8) if o.tokenizer == 'bytes' else \
             texts.encode([chunk.decode('utf-8', 'replace')])[0]
         parts['val' if i % 20 == 10 else 'train'].append(np.array(tokens, kind))
-    if not parts['val']:
-        raise BadInput(f'--data={o.data}: {len(everything)} bytes are too few')
+    refuse(not parts['val'], f'--data={o.data}: {len(everything)} bytes are too few')
     return dict(about=about, **{name: torch.from_numpy(np.concatenate(part))
                                 for name, part in parts.items()})
 
 def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (label and text)."""
-    rows, broken, is_json = [], 0, path.endswith('.jsonl')
-    for n, raw in enumerate(open(path, 'rb'), 1):
-        line = raw.decode('utf-8', 'replace').removeprefix('\ufeff').rstrip('\r\n')
-        broken += '\ufffd' in line and '\ufffd'.encode() not in raw
+    rows = []
+    lines = open(path, encoding='utf-8-sig', errors='replace', newline='\n')
+    for n, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if is_json else dict(zip(('label', 'text'), line.split('\t', 1)))
+            if path.endswith('.jsonl'):
+                row = json.loads(line)
+                label, text = str(row['label']), row['text']
+            else:
+                label, text = line.rstrip('\r\n').split('\t', 1)
             # JSON can spell half a character (a lone surrogate), which nothing can encode
-            label, text = (t.encode('utf-8', 'replace').decode()
-                           for t in (str(row['label']), row['text']))
+            rows.append(tuple(t.encode('utf-8', 'replace').decode() for t in (label, text)))
         except (ValueError, KeyError, TypeError, AttributeError):
-            form = '{"label": ..., "text": ...}' if is_json else 'label<TAB>text'
-            raise BadInput(f'{path}, line {n}: is not of the form {form}') from None
-        if not text.strip():
-            raise BadInput(f'{path}, line {n}: its text is empty')
-        rows.append((label, text))
-    if broken:
-        print(f'{path}: {broken:,} lines have bytes that are no UTF-8: replaced by \ufffd')
+            raise BadInput(f'{path}, line {n}: is not of the form label<TAB>text, or in a .jsonl '
+                           '{"label": ..., "text": ...}') from None
+        refuse(not text.strip(), f'{path}, line {n}: its text is empty')
     return rows
 
-def stdlib_snippets(size):
-    """[(package, snippet)]: the 8 largest packages of the standard library in pieces."""
-    packages, rng = {}, np.random.default_rng(0)
+def stdlib_paragraphs():
+    """[(package, paragraph)] of the 8 packages of the standard library that have the most."""
+    packages = collections.defaultdict(list)
     for path in text_files('stdlib'):
-        top, _, inside = os.path.relpath(path, STDLIB).partition(os.sep)
+        package, _, inside = os.path.relpath(path, STDLIB).partition(os.sep)
         if inside:
             text = open(path, encoding='utf-8', errors='replace').read()
-            packages[top] = packages.get(top, '') + text
-    largest = sorted(sorted(packages, key=lambda top: -len(packages[top]))[:8])
-    return [(top, packages[top][i:i + rng.integers(size // 4, size) + 1])
-            for top in largest for i in range(0, len(packages[top]), size)]
+            packages[package] += [(package, part) for part in text.split('\n\n') if part.strip()]
+    return sum(sorted(packages.values(), key=len)[-8:], [])
 
 def encode_labelled(o, texts, kind, about):
     """Tokens, ends and classes of both parts; every 10th line is held out without --val."""
-    rows = stdlib_snippets(o.block_size - 1) if o.data == 'stdlib' else read_labelled(o.data)
+    rows = stdlib_paragraphs() if o.data == 'stdlib' else read_labelled(o.data)
     parts = dict(train=rows, val=read_labelled(o.val)) if o.val else \
         dict(train=[row for i, row in enumerate(rows) if i % 10 != 9], val=rows[9::10])
-    classes, n_val = sorted({label for label, _ in rows}), len(parts['val'])
-    if len(classes) < 2 or not n_val:
-        raise BadInput(f'--data={o.data}: {len(rows)} texts of {len(classes)} classes, of which '
-                       f'{n_val} are held out, are too few')
-    if len(classes) > len(rows) / 3:
-        print(f'warning: {len(rows):,} texts of {len(classes):,} classes: are labels and texts '
-              'swapped? The label comes first')
-    if n_val < 100:
-        print(f'warning: {n_val} held-out texts decide: an accuracy is uncertain by about '
-              f'{50 / n_val ** 0.5:.0f} points')
-    out, number = dict(about=about), {label: i for i, label in enumerate(classes)}
-    about |= dict(classes=classes, closing=texts.closing)
+    number = {label: i for i, label in enumerate(sorted({label for label, _ in rows}))}
+    refuse(len(number) < 2 or not parts['val'], f'--data={o.data}: {len(rows)} texts of '
+           f'{len(number)} classes, of which {len(parts["val"])} are held out, are too few')
+    out, n_cut = dict(about=about | dict(classes=list(number))), 0
     for name, part in parts.items():
-        ids, unknown = [], [label for label, _ in part if label not in number]
-        if unknown:
-            raise BadInput(f'{o.val}: label {unknown[0]!r} is not one of the {len(classes)} in '
-                           f'{o.data}')
-        for i in range(0, len(part), 1000):                      # the tokenizer's objects are large
-            encoded = texts.encode([text for _, text in part[i:i + 1000]])
-            ids += [np.array(tokens, kind) for tokens in encoded]
+        ids = []
+        # in pieces, as the tokenizer's objects are large
+        for i in range(0, len(part), 1000):
+            for tokens in texts.encode([text for _, text in part[i:i + 1000]]):
+                ids.append(np.array(cut(tokens, o.block_size, texts.closing), kind))
+                n_cut += len(tokens) > o.block_size
+        for label, _ in part:
+            refuse(label not in number, f'{o.val}: label {label!r} is not in {o.data}')
         out |= {name: torch.from_numpy(np.concatenate(ids)),
                 f'{name}_ends': torch.tensor([len(i) for i in ids]).cumsum(0),
                 f'{name}_classes': torch.tensor([number[label] for label, _ in part])}
+    print(f'data: {len(number)} classes; {n_cut:,} texts longer than --block_size={o.block_size} '
+          'are cut')
     return out
 
 def get_batch(corpus, o, device, step, phase):
     """Batch number `step` of a phase: depends on nothing but seed, the phase's name and step."""
     rng = np.random.default_rng([o.seed, zlib.crc32(phase.encode()), step])
     if 'classes' in corpus.about:           # one of 16 batches of texts of like lengths
-        pool = rng.integers(0, len(corpus.train.ends), 16 * o.batch_size)
-        pool = by_length(corpus.train, pool).reshape(16, -1)
-        return text_batch(corpus.train, pool[rng.integers(16)], device)
-    at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
-    return token_batch(corpus.train, at, o.block_size, device)
+        pool = rng.integers(0, len(corpus.train.texts), 16 * o.batch_size)
+        at = by_length(corpus.train, pool).reshape(16, -1)[rng.integers(16)]
+    else:
+        at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
+    return batch_at(corpus.train, at, o.block_size, device)
 
 def held_out(corpus, o, device):
     """eval_batches x batch_size held-out sequences, evenly spread; texts by length."""
-    n = o.eval_batches * o.batch_size
+    n, rows = o.eval_batches * o.batch_size, corpus.val
     if 'classes' in corpus.about:
-        n_val = len(corpus.val.ends)
-        n = min(n, n_val)
-        at = by_length(corpus.val, np.linspace(0, n_val - 1, n).astype(int))
-        parts = np.array_split(at, max(min(n, 2), math.ceil(n / o.batch_size)))
-        return [text_batch(corpus.val, part, device) for part in parts]
-    n = min(n, max(1, (len(corpus.val) - 1) // o.block_size))
-    at = np.linspace(0, len(corpus.val) - o.block_size - 1, n).astype(int)
-    return [token_batch(corpus.val, part, o.block_size, device)
-            for part in np.array_split(at, max(min(n, 2), n // o.batch_size))]
+        n = min(n, len(rows.texts))
+        at = by_length(rows, np.linspace(0, len(rows.texts) - 1, n).astype(int))
+    else:
+        n = min(n, max(1, (len(rows) - 1) // o.block_size))
+        at = np.linspace(0, len(rows) - o.block_size - 1, n).astype(int)
+    # one half picks tau
+    parts = np.array_split(at, max(min(n, 2), math.ceil(n / o.batch_size)))
+    return [batch_at(rows, part, o.block_size, device) for part in parts]
 
 def by_length(rows, at):
-    return at[np.argsort(np.minimum(rows.lengths()[at], rows.block_size), kind='stable')]
+    return at[np.argsort([len(rows.texts[i]) for i in at], kind='stable')]
 
-def text_batch(rows, at, device):
-    """(what model.encode takes, each (B, L)), the classes (B,)): the padding is never run."""
-    return pad([rows.text(i) for i in at], device), torch.from_numpy(rows.classes[at]).to(device)
-
-def token_batch(tokens, at, length, device):
-    """(what model.encode takes, the targets), each (B, L) int64."""
-    crops = np.stack([tokens[i:i + length + 1] for i in at]).astype(np.int64)
-    crops = torch.from_numpy(crops).to(device)
-    return dict(idx=crops[:, :-1]), crops[:, 1:]
+def batch_at(rows, at, length, device):
+    """(what model.encode takes, the targets or classes): the padding of texts is never run."""
+    if isinstance(rows, Rows):
+        texts = [rows.texts[i].astype(np.int64) for i in at]
+        return pad(texts, device), torch.from_numpy(rows.classes[at]).to(device)
+    crops = torch.from_numpy(np.stack([rows[i:i + length + 1] for i in at]).astype(np.int64))
+    return dict(idx=crops[:, :-1].to(device)), crops[:, 1:].to(device)
 
 # -------------------------------------------------------------------------------------- phases
 
-def make_folder(path):
-    """The folder, made if need be and found to be writable: before the work, not after it."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise BadInput(f'{path}: cannot be written to ({reason(error)})') from None
+START_AGAIN = 'use another --out_dir, or start again with --phase=all --overwrite=1'
 
-def read_phase(path):
+def read_phase(path, unfinished=True):
     """A checkpoint that a phase wrote; BadInput if it is none."""
     data = read_checkpoint(path)
-    if not {'phase', 'step', 'steps', 'options', 'metrics'} <= data.keys():
-        raise BadInput(f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
-    return data
-
-def finished(path):
-    data = read_phase(path)
-    if data['step'] < data['steps']:
-        raise BadInput(f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
-                       f'python train.py --phase={data["phase"]}')
+    refuse(not {'phase', 'step', 'steps', 'options', 'metrics'} <= data.keys(),
+           f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
+    refuse(data['step'] < data['steps'] and not unfinished,
+           f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
+           f'python train.py --phase={data["phase"]}')
     return data
 
 def siblings(folder):
     """{path: checkpoint} of all that phases wrote into a folder, in the order of PHASES."""
-    found, rank = {}, list(PHASES)
-    for path in glob.glob(os.path.join(glob.escape(folder), '*.pt')):
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*.pt')),
+                       key=lambda path: (len(path), path)):
         with contextlib.suppress(BadInput):
             found[path] = read_phase(path)
-    known = [path for path in found if found[path]['phase'] in rank]
-    known.sort(key=lambda path: (rank.index(found[path]['phase']), len(path), path))
-    return {path: found[path] for path in known}
+    return {path: data for name in PHASES for path, data in found.items()
+            if data['phase'] == name}
 
 def places(name, value, folder):
     """(what a phase reads, what it writes) in a folder; with `each`, what was made with value."""
     cls = PHASES[name]
     sources = [os.path.join(folder, f'{stem}.pt') for stem in cls.reads]
     source = next(filter(os.path.isfile, sources), sources[-1] if sources else '')
-    path = os.path.join(folder, f'{cls.writes}.pt')
-    for other, data in siblings(folder).items() if value else ():
+    for path, data in siblings(folder).items() if value else ():
         if data['phase'] == name and data['options'][cls.each] == value:
-            return source, other
-    if value and os.path.exists(path):
-        path = os.path.join(folder, f'{cls.writes}-{value}.pt')
-    return source, path
+            return source, path
+    path = os.path.join(folder, f'{cls.writes}.pt')
+    return source, path.replace('.pt', f'-{value}.pt') if value and os.path.exists(path) else path
 
 def resolve(name, typed, value, source, path):
     """(options, parent, own): what a phase runs with, what it starts from, and its own checkpoint
     as far as it stands. An option is what was typed, what its own checkpoint, the parent or the
     others of the folder say, or the default, in this order. BadInput where things do not fit."""
     cls, mine = PHASES[name], {*own_options(name), *LOOP}
-    if cls.reads and not os.path.isfile(source):
-        maker = next(other for other, c in PHASES.items() if c.writes == cls.reads[-1])
-        raise BadInput(f'--phase={name} needs {source}: make it with python train.py '
-                       f'--phase={maker} --out_dir={os.path.dirname(source)}')
-    parent = finished(source) if cls.reads else None
+    refuse(cls.reads and not os.path.isfile(source), f'--phase={name} needs {source}: '
+           f'make it with python train.py --out_dir={os.path.dirname(source)}')
+    parent = read_phase(source, unfinished=False) if cls.reads else {}
     if parent and PHASES[parent['phase']].writes not in cls.reads:
-        raise BadInput(f'{source} is a checkpoint of phase {parent["phase"]}, --phase={name} needs '
-                       f'one of {" or ".join(cls.reads)}')
-    own = read_phase(path) if os.path.exists(path) else None
-    if own and own['phase'] != name:
-        raise BadInput(f'{path}: holds a checkpoint of phase {own["phase"]}; give another place')
-    values = vars(with_defaults({}))
-    inherited = parent['options'] if parent else {}
+        raise BadInput(f'{source} is of phase {parent["phase"]}: --phase={name} starts from '
+                       f'{" or ".join(cls.reads)}')
+    own = read_phase(path) if os.path.exists(path) else {}
+    refuse(own and own['phase'] != name,
+           f'{path}: holds a checkpoint of another phase; give another place')
     others = list(siblings(os.path.dirname(path) or '.').values())[::-1]
-    like_it = [data['options'] for data in others if data['phase'] == name]
-    for options in (*(data['options'] for data in others), inherited, *like_it,
-                    own['options'] if own else {}):
-        values |= {k: v for k, v in options.items() if k in mine}
-    values |= {k: v for k, v in inherited.items() if k not in mine}
-    values |= typed | ({cls.each: value} if value else {})
+    values = vars(with_defaults({}))
+    # each says more than those before it
+    for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
+        values |= data.get('options', {})
+    inherited = {option: had for option, had in parent.get('options', {}).items()
+                 if option not in mine}
+    values |= inherited | typed | ({cls.each: value} if value else {})
     for option, had in inherited.items():
-        if values[option] != had and option not in mine:
-            raise BadInput(f'--{option}={values[option]}: {source} was made with {had}; leave the '
-                           'option out, use another --out_dir, or start again with --phase=all '
-                           '--overwrite=1')
+        refuse(values[option] != had, f'--{option}={values[option]}: {source} was made with '
+               f'{had}; leave the option out, {START_AGAIN}')
     changed = [f'--{option}={values[option]}: {path} was made with {had}'
-               for option, had in (own['options'].items() if own else ())
+               for option, had in own.get('options', {}).items()
                if option in mine and values[option] != had]
-    if own and cls.reads and own['parent'] != checkpoint_hash(source):
+    if own and parent and own['parent'] != checkpoint_hash(source):
         changed.append(f'{path} was made from another {source}')
-    if changed and not typed.get('overwrite'):
-        advice = 'leave the option out, ' if changed[0].startswith('--') else ''
-        raise BadInput(f'{changed[0]}; {advice}use another --out_dir, or run the phase again with '
-                       '--overwrite=1')
     if changed:
+        refuse(not typed.get('overwrite'), f'{changed[0]}; keep to that, use another --out_dir, '
+               'or run the phase again with --overwrite=1')
         print(f'{name:8s} {changed[0]}: again')
-        own = None
-    return SimpleNamespace(**values), parent, own
+    again = changed or typed.get('overwrite') and typed.get('phase') == name
+    return SimpleNamespace(**values), parent, {} if again else own
 
 def run_phase(name, typed, value=None, source=None, path=None):
     """Bring one phase to its end, from nothing or from where it was stopped."""
@@ -641,81 +580,57 @@ def run_phase(name, typed, value=None, source=None, path=None):
     source, path = source or usual[0], path or usual[1]
     o, parent, own = resolve(name, typed, value, source, path)
     options = own_options(name)
-    phase = cls() if hasattr(cls, 'like') else cls(
-        **{field: getattr(o, option) for option, (field, _, _) in options.items()})
+    phase = cls(**{f.name: getattr(o, option) for option, f in options.items()})
     phase.seed = o.seed
     if hasattr(phase, 'wanted') and not phase.wanted():
-        if typed.get('phase') == name:
-            raise BadInput(f'--phase={name} needs one of --{", --".join(options)} that asks for it')
+        refuse(typed.get('phase') == name,
+               f'--phase={name} needs one of --{", --".join(options)} that asks for it')
         if os.path.isfile(path):            # not any more, by --overwrite=1
             os.remove(path)
         return
-    like = getattr(cls, 'like', name)
-    steps, device, corpus = getattr(o, f'{like}_steps', 0), pick_device(o), None
-    again = o.overwrite and typed.get('phase') == name
-    done = own and own['step'] == own['steps'] and not again
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    except OSError as error:
+        raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
+    steps, device, corpus = getattr(phase, 'steps', 0), pick_device(o), None
+    done = own and own['step'] == own['steps']
     if not parent or steps and not done:    # what the base learned from must not have changed
         corpus = open_corpus(o, os.path.dirname(source or path) or '.')
-        learned = (parent or own or {}).get('data') or corpus.about
+        learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
-            if parent or not o.overwrite:
-                raise BadInput(f'{source or path} learned from another --data={o.data}; '
-                               'bring that back, or start again with --phase=all --overwrite=1')
-            own = done = None
+            refuse(parent or not o.overwrite, f'--data={o.data}: changed since {source or path} '
+                   f'learned from it; bring it back, {START_AGAIN}')
+            own, done = {}, False
     if done:
         return print(f'{name:8s} done ({path})')
-    own = None if again else own
-    make_folder(os.path.dirname(path) or '.')
     torch.manual_seed(o.seed)
     model = (build(parent, source) if parent else phase.create(corpus.about)).to(device)
     batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
     notes = phase.prepare(model, batches) or {}
-    made_with = {option: getattr(o, option) for option in (*LOOP, *options)}
-    if not parent:                          # --init_from brings sizes of its own
-        made_with |= {f: value for f, value in asdict(phase).items() if f in made_with}
-    record = dict(phase=name, steps=steps, metrics=notes, parent=checkpoint_hash(source) if parent
-                  else None, options={**(parent['options'] if parent else {}), **made_with},
-                  data=parent['data'] if parent else corpus.about,
-                  asked=typed.get(getattr(cls, 'each', '')))
+    made_with = {option: getattr(o, option) for option in LOOP}
+    # --init_from brought sizes of its own
+    made_with |= {option: getattr(phase, f.name) for option, f in options.items()}
+    record = dict(phase=name, steps=steps, metrics=notes, options=made_with, parent=None,
+                  asked=typed.get(getattr(cls, 'each', '')), data=corpus and corpus.about)
+    if parent:
+        record |= dict(options=parent['options'] | made_with, parent=checkpoint_hash(source),
+                       data=parent['data'])
 
     def keep(step, optimizer=None):
         save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
 
     if steps:
-        learn(phase, name, o, own, model.to(device), corpus, device, steps, keep)
+        learn(name, phase, model.to(device), own, corpus, o, device, keep)
     if hasattr(phase, 'report'):
         notes |= phase.report(model, held_out(corpus, o, device)[:8])
     keep(steps)
 
-def adopted(base, about):
-    """The model of --init_from, dense again if it was routed: the base of another conversion."""
-    n_classes = len(about.get('classes', ()))
-    model = load(base.init_from, n_classes=n_classes)
-    c, have = model.config, f'--init_from={base.init_from} has'
-    if c.causal != (base.arch == 'gpt') or c.n_classes != n_classes:
-        raise BadInput(f'{have} {"a GPT" if c.causal else "a BERT"} with {c.n_classes} classes, '
-                       f'--arch={base.arch} and --data={base.data} need {n_classes}')
-    if about['vocab'] > c.vocab_size or \
-            about['vocab'] < c.vocab_size and base.tokenizer != 'wordpiece':
-        raise BadInput(f'{have} {c.vocab_size} tokens, --tokenizer={base.tokenizer} has '
-                       f'{about["vocab"]}')
-    if base.block_size > c.block_size:
-        raise BadInput(f'{have} {c.block_size} positions; use --block_size={c.block_size}')
-    base.n_layer, base.n_head, base.n_embd = c.n_layer, c.n_head, c.n_embd
-    base.activation = c.activation
-    fresh = asdict(Config(dropout=base.dropout))
-    plain = {key: fresh[key] for key in ('n_experts', 'n_outputs', 'router_loss', 'router_width',
-                                         'rule', 'tau', 'floor', 'dropout')}
-    state = {k: v for k, v in model.state_dict().items() if '.router.' not in k}
-    for name in [k for k in state if k.endswith('.offsets')]:
-        state[name] = torch.stack([state[name][0], state[name][-1]])
-    return build(dict(config=asdict(c) | plain, model=state, data=about))
-
 def pick_device(o):
-    if o.device != 'auto':
-        return o.device
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    return next(device for device, there in here.items() if there)
+    kinds = dict(cuda=torch.cuda, mps=torch.backends.mps, cpu=torch.cpu)
+    there = [name for name, kind in kinds.items() if kind.is_available()]
+    refuse(o.device not in ('auto', *there), f'--device={o.device}: torch {torch.__version__} '
+           'finds none here; try --device=auto')
+    return there[0] if o.device == 'auto' else o.device
 
 # -------------------------------------------------------------------------------------- the loop
 
@@ -725,15 +640,14 @@ def schedule(step, steps):
     """The learning rate as a share of its peak: warm-up over 5 %, then a cosine to a tenth."""
     return min((step + 1) / max(1, steps // 20), 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
-def learn(phase, name, o, own, model, corpus, device, steps, keep):
+def learn(name, phase, model, own, corpus, o, device, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer) writes a checkpoint."""
     model.train()
     parameters = [p.requires_grad_(True) for p in phase.parameters(model)]
-    rate = f'{getattr(phase, "like", name)}_lr'
-    start, peak = own['step'] if own else 0, getattr(o, rate)
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=o.weight_decay),
               dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device != 'mps')
+    optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.95), fused=device != 'mps')
+    start, steps = own['step'] if own else 0, phase.steps
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
         model.load_state_dict(own['model'])
@@ -744,13 +658,18 @@ def learn(phase, name, o, own, model, corpus, device, steps, keep):
         keep(0)                             # a place that cannot be written to shows now
     if o.compile:
         model.compile()
-    saved, say = time.time(), progress(name, start, steps)
+    began = said = saved = time.time()
+    tokens = 0
     autocast = torch.autocast('cuda', torch.bfloat16, enabled=device == 'cuda')
-    with stopped_by_signals() as stopped:
+    stopped = []
+    with contextlib.ExitStack() as at_the_end:
+        # Ctrl-C and a polite kill let the step be finished first
+        for s in (signal.SIGINT, signal.SIGTERM):
+            usual = signal.signal(s, lambda *_: stopped.append(1))
+            at_the_end.callback(signal.signal, s, usual)
         for step in range(start, steps):
             for group in optimizer.param_groups:
-                group['lr'] = peak * schedule(step, steps)
-            tokens = 0
+                group['lr'] = phase.lr * schedule(step, steps)
             for micro in range(o.grad_accum):
                 batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name)
                 tokens += n_tokens(batch[0])
@@ -760,46 +679,24 @@ def learn(phase, name, o, own, model, corpus, device, steps, keep):
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(loss + norm):                  # before it gets into the weights
                 raise FloatingPointError(
-                    f'{name}: at step {step + 1} the loss is {loss.item()}, its gradient '
-                    f'{norm.item()} long; what was saved before stays; a smaller --{rate} than '
-                    f'{peak} may help')
+                    f'{name}: loss {loss.item()}, gradient {norm.item()} long at step {step + 1}; '
+                    f'a smaller --{getattr(phase, "like", name)}_lr than {phase.lr} may help')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            say(step + 1, tokens, log.get('task', loss), log)
-            if step + 1 < steps and (stopped or time.time() - saved > SAVE_EVERY):
-                keep(step + 1, optimizer.state_dict())
-                saved = time.time()
-            if stopped and step + 1 < steps:
-                raise KeyboardInterrupt(f'{name} stopped at step {step + 1} of {steps}; the same '
+            now, done = time.time(), step + 1
+            if now - said > 5 or done == steps:
+                said, speed = now, (done - start) / (now - began)
+                zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
+                print(f'{name:8s} step {done}/{steps}  loss {log.get("task", loss).item():.4f}'
+                      f'{zeros}  {tokens / (now - began):,.0f} tokens/s  '
+                      f'{bench.clock((steps - done) / speed)} left', flush=True)
+            if done < steps and (stopped or now - saved > SAVE_EVERY):
+                keep(done, optimizer.state_dict())
+                saved = now
+            if done < steps and stopped:
+                raise KeyboardInterrupt(f'{name} stopped at step {done} of {steps}; the same '
                                         'command goes on from there')
     model.eval().requires_grad_(False)
-
-@contextlib.contextmanager
-def stopped_by_signals():
-    """A list that is no longer empty once SIGINT or SIGTERM came: the step is finished first."""
-    stopped = []
-    handlers = {s: signal.signal(s, lambda *_: stopped.append(s))
-                for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-
-def progress(name, start, steps):
-    """-> say(step, tokens, loss, log): a line every five seconds, with the time that is left."""
-    began = said = time.time()
-    seen = 0
-
-    def say(step, tokens, loss, log):
-        nonlocal said, seen
-        now, seen = time.time(), seen + tokens
-        if now - said > 5 or step in (steps, start + 2):
-            said, left = now, (steps - step) * (now - began) / (step - start)
-            zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
-            print(f'{name:8s} step {step}/{steps}  loss {loss.item():.4f}{zeros}  '
-                  f'{seen / (now - began):,.0f} tokens/s  {bench.clock(left)} left', flush=True)
-    return say
 
 # -------------------------------------------------------------------------------------- commands
 
@@ -809,49 +706,44 @@ def evaluation(typed, paths=()):
     o = with_defaults(typed)
     folder = os.path.dirname(paths[0]) or '.' if paths else o.out_dir
     entries = bench.entries(siblings(folder), paths)
-    make_folder(folder)
     kinds = typed.get('router_loss', ','.join(ROUTERS)).split(',')
-    if 'router_loss' in typed and not {e.kind for e in entries} & set(kinds):
-        raise BadInput(f'--router_loss={o.router_loss}: no finished checkpoint in {folder} has it')
+    refuse('router_loss' in typed and not {e.kind for e in entries} & set(kinds),
+           f'--router_loss={o.router_loss}: no finished checkpoint in {folder} has it')
     entries = [e for e in entries if e.kind in ('', *kinds)]
     for e in entries:
         for name in typed.keys() & e.data['options'].keys() - {*LOOP, 'router_loss'}:
             had = e.data['options'][name]
-            if typed[name] != had:
-                raise BadInput(f'--{name}={typed[name]}: {e.path} was made with {had}; leave the '
-                               'option out')
+            refuse(typed[name] != had, f'--{name}={typed[name]}: {e.path} was made with {had}; '
+                   'leave the option out')
     dense, sparse = (e.data['options'] for e in entries[:2])
     if any(dense[key] != sparse[key] for key in own_options('dense')):
         print('warning: dense.pt and sparse.pt were trained for other steps or at another rate: '
               'run --phase=dense --overwrite=1')
-    options = entries[-1].data['options'] | dense
-    before = bench.read_results(folder).get('config', {})
-    o = with_defaults(options | {key: before[key] for key in ('eval_batches',) if key in before}
-                      | typed)
+    before = bench.read_results(folder).get('config', vars(o))
+    o = with_defaults(entries[-1].data['options'] | dense
+                      | dict(eval_batches=before['eval_batches']) | typed)
     corpus, device = open_corpus(o, folder), pick_device(o)
     for e in entries:
-        if (e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash']:
-            raise BadInput(f'{e.path} learned from another --data than {entries[0].path}')
+        refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
+               f'--data={o.data}: {e.path} learned from another')
     settings = dict(data=corpus.about['hash'], batches=o.eval_batches, batch_size=o.batch_size,
                     block_size=o.block_size, device=device, threads=torch.get_num_threads())
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
 
 def chosen(typed, device):
     """The model that sample and export take: of --router_loss, else d2dmoe.pt, else the latest."""
-    o = with_defaults(typed)
-    found = {path: data for path, data in siblings(o.out_dir).items()
-             if 'router_loss' not in typed or data['config']['router_loss'] == o.router_loss}
-    if not found:
-        raise BadInput(f'--phase={o.phase} finds no checkpoint in --out_dir={o.out_dir}'
-                       + (f' with --router_loss={o.router_loss}' if 'router_loss' in typed else '')
-                       + ': run python train.py first')
+    o, asked = with_defaults(typed), typed.get('router_loss')
+    kinds = {path: data['config']['router_loss'] for path, data in siblings(o.out_dir).items()}
+    paths = [path for path, kind in kinds.items() if asked in (None, kind)]
+    refuse(not paths, f'--phase={o.phase} finds no checkpoint in --out_dir={o.out_dir} (of '
+           f'--router_loss={o.router_loss}): run python train.py first')
     usual = os.path.join(o.out_dir, 'd2dmoe.pt')
-    path = usual if usual in found else list(found)[-1]
-    model, kind = build(finished(path), path).to(device), found[path]['config']['router_loss']
-    if not kind and {'tau', 'rule', 'floor'} & typed.keys():
-        raise BadInput(f'--tau, --rule, --floor: {path} has no routers yet; leave them out or run '
-                       '--phase=router first')
-    if kind and (o.phase == 'sample' or {'tau', 'rule', 'floor'} & typed.keys()):
+    path = usual if usual in paths else paths[-1]
+    model, kind = build(read_phase(path, unfinished=False), path).to(device), kinds[path]
+    ruled = {'tau', 'rule', 'floor'} & typed.keys()
+    refuse(ruled and not kind,
+           f'--{min(ruled, default="")}: {path} has no routers yet; run --phase=router first')
+    if kind and (ruled or o.phase == 'sample'):
         rule = o.rule or ROUTERS[kind].rule
         model.set_rule(rule, 0.1 if o.tau is None else o.tau, o.floor)
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
@@ -862,19 +754,18 @@ def sample(typed):
     o = with_defaults(typed)
     device = pick_device(o)
     path, model = chosen(typed, device)
-    if not model.config.causal:
-        raise BadInput(f'--phase=sample: {path} is a BERT, which labels texts and writes none')
+    refuse(not model.config.causal,
+           f'--phase=sample: {path} is a BERT, which labels texts and writes none')
     generator = torch.Generator(device).manual_seed(o.seed)
     print(model.generate(o.prompt, o.n_tokens, o.temperature, o.top_k, generator))
 
 def run_seeds(typed):
     """Every phase once a seed, each in a folder of its own, then mean and spread in one table."""
     o, results = with_defaults(typed), []
-    for seed in o.seeds.split(','):
-        own = {name: value for name, value in typed.items() if name != 'seeds'}
+    for seed in map(int, o.seeds.split(',')):
         print(f'---- seed {seed}', flush=True)
-        results.append(run(own | dict(seed=cast('seeds', seed, int),
-                                      out_dir=os.path.join(o.out_dir, f's{seed}'))))
+        folder = os.path.join(o.out_dir, f's{seed}')
+        results.append(run(typed | dict(seeds='', seed=seed, out_dir=folder)))
     if o.phase in ('all', 'eval'):
         bench.print_seeds(results, os.path.join(o.out_dir, 'seeds.json'))
 
@@ -887,21 +778,17 @@ def run(typed):
     if o.phase == 'export':
         path, model = chosen(typed, 'cpu')
         export(model, o.to)
-        return print(f'{o.to}: load() reads {path} from it, with its routing' + (
-            '; projections are MLPs: in our own format only' if model.config.projections else
-            '; transformers reads it, too, as a dense model: it knows no experts'))
+        return print(f'{o.to}: load() reads {path} from it, with its routing; transformers a '
+                     'dense model, unless projections are MLPs')
     for name in PHASES if o.phase == 'all' else [o.phase] if o.phase in PHASES else []:
-        each = getattr(PHASES[name], 'each', None)
-        values = [None]
-        if each:                            # untyped: those that are there
-            there = [data for data in siblings(o.out_dir).values() if data['phase'] == name]
-            asked = (there[0].get('asked') if there else None) or getattr(o, each)
-            values = (getattr(o, each) if each in typed else asked).split(',')
-            if each not in typed:
-                values += [data['options'][each] for data in there]
-        asked = {each: ','.join(dict.fromkeys(values))} if each else {}
-        for value in dict.fromkeys(values):
-            run_phase(name, typed | asked, value)
+        each, values = getattr(PHASES[name], 'each', None), [None]
+        if each:                            # untyped: what was asked for once, and what is there
+            known = [data['asked'] or data['options'][each]
+                     for data in siblings(o.out_dir).values() if data['phase'] == name]
+            asked = [typed[each]] if each in typed else known or [getattr(o, each)]
+            values = dict.fromkeys(','.join(asked).split(','))
+        for value in values:
+            run_phase(name, typed | ({each: ','.join(values)} if each else {}), value)
     if o.phase in ('all', 'eval'):
         return evaluation(typed)
 
@@ -909,24 +796,20 @@ def convert(name):
     """`python moefy.py IN.pt OUT.pt --key=value`: one phase from file to file."""
     argv = sys.argv[1:]
     if len(argv) < 2 or any(arg.startswith('-') for arg in argv[:2]):
-        print(f'usage: python {os.path.basename(sys.argv[0])} IN.pt OUT.pt [--key=value ...], keys '
-              'as in python train.py --help')
+        print(f'usage: python {os.path.basename(sys.argv[0])} IN.pt OUT.pt [--key=value ...], '
+              'keys as in python train.py --help')
         sys.exit(0 if {'-h', '--help'} & set(argv) else 2)
 
     def job():
-        source, path = argv[:2]
-        if os.path.abspath(source) == os.path.abspath(path):
-            raise BadInput(f'{path}: is what the phase reads; give another place to write to')
-        typed = parse([*argv[2:], f'--phase={name}'])
-        for arg in argv[2:]:
-            if arg.startswith(('--phase=', '--out_dir=', '--seeds=')):
-                raise BadInput(f'{arg}: goes from {source} to {path}; leave it out')
-        each = getattr(PHASES[name], 'each', None)
-        value = None
-        if each:                            # untyped: the first of the default
-            value = typed.get(each) or getattr(with_defaults({}), each).split(',')[0]
-        if value and ',' in value:
-            raise BadInput(f'--{each}={value}: one of them; {path} is one file')
+        source, path, *rest = argv
+        for arg in rest:
+            refuse(arg.startswith(('--phase=', '--out_dir=', '--seeds=')),
+                   f'{arg}: goes from {source} to {path}; leave it out')
+        typed, value = parse([*rest, f'--phase={name}']), None
+        if hasattr(PHASES[name], 'each'):   # untyped: the first of the default
+            each = PHASES[name].each
+            value = typed.setdefault(each, getattr(with_defaults({}), each).split(',')[0])
+            refuse(',' in value, f'--{each}={value}: one of them; {path} is one file')
         run_phase(name, typed | dict(out_dir=os.path.dirname(path) or '.'), value, source, path)
     guarded(job)
 
