@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 
 import kernel
-from model import (BadInput, Config, Masks, Transformer, build, checkpoint_hash, cross_entropy,
-                   n_tokens, read_checkpoint, reason, write_atomically)
+from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
+                   cross_entropy, n_tokens, read_checkpoint, reason, write_atomically)
 from router import GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
@@ -103,7 +103,7 @@ def entries(found, paths=()):
         if not of_phase:
             raise BadInput(f'there is no finished checkpoint of phase {phase} to compare with'
                            + (f' beside {paths[0]}' if paths else '')
-                           + ': make it with python train.py')
+                           + f': make it with python train.py --phase={phase}')
         chosen.append(of_phase[0])
     # what somebody else made says less of itself
     unsaid = dict(parent=None, options={}, data={})
@@ -639,6 +639,8 @@ def run(o, shape=Shape()):
         raise BadInput('--impl=triton needs triton and a GPU; leave it out to use what is here')
     if o.plot:
         new_axes()
+    for path in filter(None, (o.json, o.plot)):
+        check_writable(path)
     print(' · '.join(f'{k} {v}' for k, v in machine().items() if v) + '\n', flush=True)
     with torch.inference_mode():
         rows = SUITES[o.suite](o, device, shape)

@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import re
+import tempfile
 import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Callable, NamedTuple, Optional
@@ -421,6 +422,18 @@ def write_atomically(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+def check_writable(path, make_folder=False):
+    """Before the work: BadInput if what comes of it could not be written to `path`."""
+    folder = os.path.dirname(path) or '.'
+    try:
+        if make_folder:
+            os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if os.path.isdir(path):
+            raise IsADirectoryError('a folder of this name is there')
+    except OSError as error:
+        raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
 
 def save(model, path, **extra):
     """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""

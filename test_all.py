@@ -1313,6 +1313,7 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
 
 @pytest.mark.parametrize('args, says', [
     (['--nlayer=2'], 'did you mean --n_layer?'), (['n_layer=2'], 'not of the form'),
+    (['--zzzz=2'], 'see --help'),
     (['--n_layer=two'], 'must be of type int'), (['--n_layer=0'], 'must be positive'),
     (['--base_lr=-1'], 'not negative'), (['--tau=1.5'], 'between 0 and 1'),
     (['--overwrite=yes'], 'must be 0 or 1'), (['--activation=elu'], 'relu, gelu, gelu_tanh'),
@@ -1333,7 +1334,7 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     (['--data=x.txt', '--arch=bert'], 'learns from labelled texts'),
     (['--arch=bert', '--tokenizer=gpt2'], 'takes bytes'), (['--val=x.tsv'], 'labelled texts'),
     (['--init_from=x', '--arch=gpt', '--tokenizer=bytes', '--n_layer=2'], 'brings its own'),
-    (['--data=/nowhere'], 'no such file'), (['--phase=moefy'], 'make it with python train.py'),
+    (['--data=/nowhere'], 'no such file'), (['--phase=router'], 'train.py --phase=moefy'),
     (['--phase=sample'], 'finds no checkpoint'), (['--phase=eval'], 'phase dense to compare with'),
 ])
 def test_bad_options_end_in_one_sentence(args, says, tmp_path, capsys):
@@ -1505,6 +1506,12 @@ def test_labelled_texts(labelled, tmp_path, capsys):
     first, again, other = (train.get_batch(corpus, o, 'cpu', step, 'base')[0]['idx']
                            for step in (3, 3, 4))
     assert torch.equal(first, again) and (first.shape != other.shape or (first != other).any())
+    # warnings: labels and texts swapped, few texts that decide
+    (tmp_path / 'swapped.tsv').write_text(''.join(f'text {i}\tlabel\n' for i in range(50)))
+    o.data = str(tmp_path / 'swapped.tsv')
+    train.open_corpus(o, str(tmp_path))
+    said = capsys.readouterr().out
+    assert 'swapped?' in said and '5 held-out texts decide' in said
     (tmp_path / 'broken.tsv').write_bytes(b'a\tx\xff\nb\ty\n' * 10)
     assert '\ufffd' in train.read_labelled(str(tmp_path / 'broken.tsv'))[0][1]
 
@@ -1553,6 +1560,7 @@ def test_what_is_not_finite_never_reaches_the_weights(where, text, tmp_path, mon
 
 def test_places_that_cannot_be_written_to(spoiled, tmp_path, capsys, monkeypatch):
     assert 'cannot be written' in refusal('--phase=base', out='/proc/x', capsys=capsys)
+    assert '--out_dir=: give a folder' in refusal(out='', capsys=capsys)
     # a disk that fills while a checkpoint is written: the old one stays whole
     os.remove(spoiled / 'd2dmoe.pt')
     before = M.checkpoint_hash(spoiled / 'moe.pt')
@@ -1582,6 +1590,8 @@ def test_phases_from_file_to_file(finished, tmp_path):
                        (('moefy', out / 'sparse.pt', '/proc/q.pt'), 'cannot be written'),
                        (('moefy', out / 'base.pt', tmp_path / 'x.pt'), 'phase base'),
                        (('train', '--phase=nothing'), 'must be all'),
+                       (('bench', '--json=/nowhere/x.jsonl'), 'cannot be written'),
+                       (('bench', '--plot=/nowhere/x.png'), 'cannot be written'),
                        (('bench', '--impl=triton'), 'needs triton and a GPU')]:
         code, said = script(*args)
         assert code == 2 and says in said and 'Traceback' not in said

@@ -54,8 +54,8 @@ import numpy as np
 import torch
 
 import bench
-from model import (BadInput, Config, Transformer, build, cut, export, checkpoint_hash, load,
-                   n_tokens, pad, peek, read_checkpoint, reason, save, tokenizer,
+from model import (BadInput, Config, Transformer, build, check_writable, checkpoint_hash, cut,
+                   export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
                    write_atomically)
 from moefy import Moefy
 from router import GRID, FLOOR, ROUTERS, Route
@@ -239,8 +239,9 @@ def parse(argv):
         refuse(not key.startswith('--') or not eq,
                f'{arg!r} is not of the form --key=value (--help lists the keys)')
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)[0]
-            raise BadInput(f'--{name}: unknown option; did you mean --{near}? (--help lists all)')
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f'did you mean --{near[0]}?' if near else 'see --help'
+            raise BadInput(f'--{name}: unknown option; {hint}')
         typed[name] = cast(name, text, known[name])
     explicit, preset = set(typed), dict(PRESETS.get(typed.get('preset'), {}))
     if 'n_experts' in typed:                # one excludes the other, a preset's too
@@ -275,6 +276,7 @@ def check(typed, explicit):
     o, one_model = with_defaults(typed), typed.get('phase') in ('sample', 'export')
     refuse(o.phase not in (*PHASES, *COMMANDS, 'all'),
            f'--phase={o.phase}: must be all, {", ".join((*COMMANDS, *PHASES))}')
+    refuse(not o.out_dir, '--out_dir=: give a folder')
     used = {*own_options(Command), *COMMANDS.get('eval' if o.phase == 'all' else o.phase, ())}
     if not one_model:
         phases = ancestors(o.phase) if o.phase in PHASES else PHASES
@@ -368,8 +370,9 @@ def open_corpus(o, folder):
     files = sum(sources, [])
     stale = known and all(sources) and known['about']['hash'] != content_hash(files)
     if stale or known.get('wanted') != wanted:
+        other = f'; {path} is of other options, or of an older version' if known else ''
         refuse(not all(sources) or not sum(map(os.path.getsize, files)),
-               f'--data={o.data}: no such file, no texts in it, or empty')
+               f'--data={o.data}: no such file, no texts in it, or empty{other}')
         known = encode(o, files) | dict(wanted=wanted)
         write_atomically(path, lambda temporary: torch.save(known, temporary))
     known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
@@ -383,6 +386,13 @@ def checked(o, corpus):
     """A corpus that fits the options, and one line about it."""
     if o.arch == 'bert':
         counts, what = [len(rows.classes) for rows in corpus[:2]], 'labelled texts'
+        n, n_classes = sum(counts), len(corpus.about['classes'])
+        if n_classes > n / 3:
+            say_once(f'warning: {n:,} texts of {n_classes:,} classes: are labels and texts '
+                     'swapped? The label comes first')
+        if counts[1] < 100:
+            say_once(f'warning: {counts[1]} held-out texts decide: an accuracy is uncertain by '
+                     f'about {50 / counts[1] ** 0.5:.0f} points')
     else:
         counts, what = [len(tokens) for tokens in corpus[:2]], 'tokens'
         refuse(min(counts) <= o.block_size, f'--data={o.data}: {counts[0]} tokens to train on and '
@@ -542,8 +552,9 @@ def resolve(name, typed, value, source, path):
     as far as it stands. An option is what was typed, what its own checkpoint, the parent or the
     others of the folder say, or the default, in this order. BadInput where things do not fit."""
     cls, mine = PHASES[name], {*own_options(name), *LOOP}
-    refuse(cls.reads and not os.path.isfile(source), f'--phase={name} needs {source}: '
-           f'make it with python train.py --out_dir={os.path.dirname(source)}')
+    maker = next((other for other, c in PHASES.items() if c.writes in cls.reads[-1:]), None)
+    refuse(maker and not os.path.isfile(source), f'--phase={name} needs {source}: make it with '
+           f'python train.py --phase={maker} --out_dir={os.path.dirname(source) or "."}')
     parent = read_phase(source, unfinished=False) if cls.reads else {}
     if parent and PHASES[parent['phase']].writes not in cls.reads:
         raise BadInput(f'{source} is of phase {parent["phase"]}: --phase={name} starts from '
@@ -588,12 +599,10 @@ def run_phase(name, typed, value=None, source=None, path=None):
         if os.path.isfile(path):            # not any more, by --overwrite=1
             os.remove(path)
         return
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    except OSError as error:
-        raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
     steps, device, corpus = getattr(phase, 'steps', 0), pick_device(o), None
     done = own and own['step'] == own['steps']
+    if not done:
+        check_writable(path, make_folder=True)
     if not parent or steps and not done:    # what the base learned from must not have changed
         corpus = open_corpus(o, os.path.dirname(source or path) or '.')
         learned = (parent or own or dict(data=corpus.about))['data']
@@ -722,6 +731,7 @@ def evaluation(typed, paths=()):
     before = bench.read_results(folder).get('config', vars(o))
     o = with_defaults(entries[-1].data['options'] | dense
                       | dict(eval_batches=before['eval_batches']) | typed)
+    check_writable(os.path.join(folder, 'results.json'))
     corpus, device = open_corpus(o, folder), pick_device(o)
     for e in entries:
         refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
@@ -822,7 +832,7 @@ def guarded(job):
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 3)
     except KeyboardInterrupt as error:
-        print(f'\n{error or "interrupted"}', file=sys.stderr)
+        print(f'\n{str(error) or "interrupted"}', file=sys.stderr)
         sys.exit(130)
 
 if __name__ == '__main__':
