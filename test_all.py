@@ -129,21 +129,15 @@ def test_cpp_with_threads_strides_and_in_a_fork(T):
     torch.set_num_threads(1)
     assert os.waitpid(pid, 0)[1] == 0
 
-@needs_compiler
-def test_building_the_library(tmp_path):
-    """Without a compiler torch serves, with one warning. Two processes may build at once."""
-    code = f'import {THIS[:-3]} as t\nfor _ in range(2): t.check_experts(t.kernel.experts, ' \
-           '*t.layer(20, [5, 6], 8))\nprint(t.kernel.library())'
-    cases = [('no-such-compiler', 'no C++ compiler'), ('false', 'failed'), ('c++', ''), ('c++', '')]
-    children = [subprocess.Popen(
-        [sys.executable, '-c', code], text=True, cwd=HERE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | dict(CXX=cxx, XDG_CACHE_HOME=str(tmp_path)))
-        for cxx, _ in cases]
-    for child, (_, why) in zip(children, cases):
-        out, err = child.communicate()
-        assert out.startswith('None' if why else '<CDLL'), out + err
-        assert why in err and err.count('UserWarning') == bool(why), err
-    assert [path.suffix for path in tmp_path.glob('d2dmoe/*')] == ['.so']
+@pytest.mark.parametrize('cxx, why', [('no-such-compiler', 'compiler. found'), ('false', 'failed')])
+def test_without_a_compiler_torch_serves_with_one_warning(cxx, why, monkeypatch, tmp_path):
+    monkeypatch.setenv('CXX', cxx)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(kernel, 'library', functools.cache(kernel.library.__wrapped__))
+    with pytest.warns(UserWarning, match=why) as warnings:
+        for _ in range(2):
+            check_experts(kernel.experts, *layer(20, [5, 6], 8))
+    assert len(warnings) == 1 and kernel.library() is None
 
 def run_again(tests, **env):
     """Runs some tests of this file in a process of its own -> what it prints."""
@@ -431,58 +425,41 @@ def slow_mlp(mlp, x):
         neurons = slow_neurons(mlp, slow_rule(r.net(x[None])[0].tolist(), r.rule, r.tau, r.floor))
     return mlp.b_out + slow_sum(mlp, x, neurons)
 
-def slow_model(m, idx, keep=None, types=None):
-    """One sequence (L), token by token and head by head, in fp64: {place: hidden state} of the
-    tokens that are kept, and their {place: logits}."""
+def slow_model(m, idx, keep=None):
+    """A GPT on one sequence (L), token by token and head by head, in fp64: {place: logits} of the
+    tokens that are kept."""
     m = copy.deepcopy(m).double()
-    c, d = m.config, m.config.n_embd // m.config.n_head
+    d = m.config.n_embd // m.config.n_head
 
     def project(p, x):
         return slow_mlp(p, x) if isinstance(p, M.MLP) else p.weight @ x + p.bias
 
     x = {t: m.wte.weight[i] + m.wpe.weight[t] for t, i in enumerate(idx) if keep is None or keep[t]}
-    if c.n_types:
-        x = {t: m.ln_e(x[t] + m.wtt.weight[0 if types is None else types[t]]) for t in x}
     for b in m.blocks:
-        h = {t: b.ln_1(x[t]) if c.pre_ln else x[t] for t in x}
+        h = {t: b.ln_1(x[t]) for t in x}
         q, k, v = ({t: project(getattr(b.attn, name), h[t]).split(d) for t in h} for name in 'qkv')
         for t in x:
-            sees, y = [s for s in x if s <= t or not c.causal], []
-            for head in range(c.n_head):
+            sees, y = [s for s in x if s <= t], []
+            for head in range(m.config.n_head):
                 w = torch.stack([q[t][head] @ k[s][head] / d ** 0.5 for s in sees]).exp()
                 y.append(sum(w[i] * v[s][head] for i, s in enumerate(sees)) / w.sum())
             x[t] = x[t] + project(b.attn.o, torch.cat(y))
-        for t in x:
-            x[t] = x[t] if c.pre_ln else b.ln_1(x[t])
-            y = x[t] + slow_mlp(b.mlp, b.ln_2(x[t]) if c.pre_ln else x[t])
-            x[t] = y if c.pre_ln else b.ln_2(y)
-    hidden = g = {t: m.ln_f(x[t]) if c.pre_ln else x[t] for t in x}
-    if c.head == 'cls':
-        return hidden, {t: m.classifier(torch.tanh(m.pooler(h))) for t, h in hidden.items()}
-    if c.head == 'mlm':
-        act = kernel.ACTIVATIONS[c.activation]
-        g = {t: m.mlm['ln'](act(m.mlm['dense'](h))) for t, h in hidden.items()}
-    bias = m.mlm_bias if c.head == 'mlm' else 0
-    return hidden, {t: m.wte.weight @ g[t] + bias for t in g} if c.head else hidden
+            x[t] = x[t] + slow_mlp(b.mlp, b.ln_2(x[t]))
+    return {t: m.wte.weight @ m.ln_f(x[t]) for t in x}
 
-def check(m, idx, keep=None, types=None):
-    """Hidden states and logits are the slow model's, whoever taps; padding is zero, never run."""
+def check(m, idx, keep=None):
+    """The logits are the slow model's, whoever taps; padding is zero, never run."""
     real, tap, masks = torch.ones_like(idx) > 0 if keep is None else keep, [], M.Masks()
-    got, logits = m.encode(idx, keep, types), m(idx, keep, types)
-    close(m.encode(idx, keep, types, tap=tap), got)
-    close(m.encode(idx, keep, types, tap=masks), got)
+    got, logits = m.encode(idx, keep), m(idx, keep)
+    close(m.encode(idx, keep, tap=tap), got)
+    close(m.encode(idx, keep, tap=masks), got)
     for t, mask, _ in zip(tap, masks, m.mlps(), strict=True):
         assert len(t['x']) == len(t['a']) == real.sum()
         assert mask is t['mask'] is None or torch.equal(mask, t['mask'])
     assert not got[~real].any()
     for b, row in enumerate(idx):
-        hidden, want = slow_model(m, row, real[b], None if types is None else types[b])
-        if m.config.head == 'cls':
-            close(logits[b], want.pop(0))
-        for t in hidden:
-            close(got[b, t], hidden[t])
-            if m.config.head != 'cls':
-                close(logits[b, t], want[t], 1e-4)
+        for t, want in slow_model(m, row, real[b]).items():
+            close(logits[b, t], want, 1e-4)
 
 def slow_router(kind, mlp, x):
     """The norms of what each output adds for tokens x (T, D), the router's scores, its loss."""
@@ -673,26 +650,20 @@ def test_distil(config):
 # -------------------------------------------------------------------------------------- model
 
 @pytest.mark.parametrize('config, owners', [
-    *((config, owners) for config in ({}, BERT, MLM, CLS) for owners in ('dense', None, OWNERS)),
-    (dict(projections='ko', activation='gelu_tanh'), None)])
+    ({}, 'dense'), ({}, None), ({}, OWNERS), (dict(projections='ko', activation='gelu'), None)])
 def test_the_model_is_the_slow_model(config, owners):
     m, idx, tap = tiny(**config), tokens(3, 8), M.Masks()
     if owners != 'dense':
         routed(m, owners, 'active').set_rule('threshold', 0.5)(idx, tap=tap)
         assert all(0 < mask.float().mean() < 1 for mask in tap)
-    types = tokens(3, 8, high=2) if m.config.n_types else None
-    check(m, idx, None, types)
+    check(m, idx)
     # padding to the right, a hole, padding to the left
     keep = torch.ones(3, 8, dtype=torch.bool)
     keep[0, 5:] = keep[1, 3:6] = keep[2, :6] = False
-    check(m, idx, ragged(8) if m.config.head == 'cls' else keep)
-
-def test_every_expert_on_is_the_unrouted_model():
-    m, idx = routed(tiny()), tokens(3, 12)
-    dense = m(idx)
-    for rule, tau in (('dynk', 0), ('topk', 1), ('threshold', 0), ('cumulative', 1), ('', 0)):
-        close(m.set_rule(rule, tau, 0.0)(idx), dense)
-    assert (m.set_rule('dynk', 0.9)(idx) - dense).abs().max() > 1e-2
+    check(m, idx, keep)
+    # with every expert on it is the unrouted model
+    for rule, tau in (('dynk', 0), ('topk', 1), ('cumulative', 1)) if owners is None else ():
+        close(m.set_rule(rule, tau, 0.0)(idx), m.set_rule('')(idx))
 
 @pytest.mark.parametrize('rule', ['', 'dynk'])
 @pytest.mark.parametrize('length', [1, 7, 12, 20])
@@ -705,7 +676,7 @@ def test_generation_is_full_recomputation(projections, length, rule):
     window = idx if length <= 12 else idx[-6:]
     for _ in range(14):
         window = window if len(window) <= 12 else idx[-6:]
-        new = slow_model(m, window)[1][len(window) - 1].argmax().item()
+        new = slow_model(m, window)[len(window) - 1].argmax().item()
         idx, window = [*idx, new], [*window, new]
     assert got == idx
 
@@ -781,8 +752,9 @@ def test_published_models_are_those_of_transformers(kind, config, dropped, hub, 
     hf = theirs(hub, kind, tmp_path, **config)
     m, out = M.load(tmp_path), capsys.readouterr().out
     assert dropped in out if dropped else 'dropped' not in out
-    for length in (1, 17, 40):
-        idx, keep = tokens(3, length, high=101), ragged(length)
+    for keep in (ragged(1), ragged(17), torch.ones(3, 17) > 0, ragged(40)):
+        length = keep.shape[1]
+        idx = tokens(3, length, high=101)
         inputs = {} if m.config.causal else dict(token_type_ids=tokens(3, length, high=2))
         want = hf(idx, attention_mask=keep, output_hidden_states=True, **inputs)
         h = m.encode(idx, keep, **inputs)
@@ -861,9 +833,6 @@ def options(path):
 
 def weights(path):
     return M.read_checkpoint(path)['model']
-
-def same_weights(a, b):
-    return weights(a).keys() == weights(b).keys() and same(weights(a), weights(b))
 
 def rows_of(folder):
     with open(folder / 'results.json') as file:
@@ -959,15 +928,7 @@ def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monk
         run(f'--phase={phase}', out=out)
     assert M.read_checkpoint(out / file)['step'] == at
     run(f'--phase={phase}', out=out)
-    assert same_weights(out / file, finished_bert[0] / file)
-
-def test_a_checkpoint_made_again_is_the_same(spoiled):
-    before = M.checkpoint_hash(spoiled / 'moe.pt')
-    os.remove(spoiled / 'moe.pt')
-    os.remove(spoiled / 'base.pt')
-    # nothing else has to be made again
-    run(*TINY, out=spoiled)
-    assert M.checkpoint_hash(spoiled / 'moe.pt') == before
+    assert M.checkpoint_hash(out / file) == M.checkpoint_hash(finished_bert[0] / file)
 
 def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
@@ -977,7 +938,7 @@ def test_seeds_make_one_table(text, tmp_path):
     deltas = [rows_of(tmp_path / f's{seed}')[1]['delta'] for seed in (0, 1)]
     assert rows[1]['delta'] == pytest.approx(np.mean(deltas)) and rows[1]['seeds'] == 2
     assert rows[1]['delta_half'] == pytest.approx(abs(deltas[0] - deltas[1]) / 2)
-    assert not same_weights(tmp_path / 's0/base.pt', tmp_path / 's1/base.pt')
+    assert not same(weights(tmp_path / 's0/base.pt'), weights(tmp_path / 's1/base.pt'))
 
 @dataclass
 class Shrink:
@@ -1047,9 +1008,6 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     assert made['router_steps'] == 8 and made['router_width'] == 8
     kinds = {r['router_loss'] for r in run('--phase=eval', out=spoiled)['rows']}
     assert kinds == {None, 'norm', 'active', 'share', 'oracle'}
-    # typed kinds are measured alone, and the rows of the others stay
-    rows = run('--phase=eval', '--router_loss=share', '--tau=0.3', out=spoiled)['rows']
-    assert kinds == {r['router_loss'] for r in rows}
     # other steps than the control's are said, and it follows sparsify
     run('--phase=sparsify', '--sparsify_steps=9', '--overwrite=1', out=spoiled)
     run('--phase=eval', out=spoiled)
@@ -1071,7 +1029,7 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     direct = M.load(out / 'd2dmoe.pt').set_rule('dynk', tau=0.3)
     assert direct.generate('def x', 20, temperature=0) == ours.generate('def x', 20, temperature=0)
 
-def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path, monkeypatch):
+def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     before = rows_of(spoiled)
     rows = run('--phase=eval', '--tau=0.25', out=spoiled)['rows']
     known = [{**r, 'file': ''} for r in rows]
@@ -1083,19 +1041,6 @@ def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path, monkey
     paths = [str(spoiled / 'd2dmoe.pt'), str(tmp_path / 'mine.pt')]
     rows = train.evaluation(train.parse(['--tau=0.5']), paths)['rows']
     assert {r['router_loss'] for r in rows if r['file'] == paths[1]} == {'active'}
-    # Ctrl-C keeps what is done
-    os.remove(spoiled / 'results.json')
-    real, calls = bench.row_of, []
-
-    def interrupt(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return real(*args)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bench, 'row_of', interrupt)
-        run('--phase=eval', out=spoiled)
-    assert len(rows_of(spoiled)) == 4
     # other settings start a table of their own, and keep the old one
     run('--phase=eval', '--eval_batches=3', '--tau=0.1', '--rule=dynk', out=spoiled)
     assert len(rows_of(spoiled)) == 4 and len(list(spoiled.glob('results-*.json'))) == 1
@@ -1171,8 +1116,9 @@ def test_the_schedule():
 def test_accumulation(text, tmp_path, monkeypatch):
     """Two micro-steps of 4 sequences step like one with these 8."""
     seen, get_batch = [], train.get_batch
-    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self: seen.append(
-        [p.grad.clone() for group in self.param_groups for p in group['params']]))
+    # clipping would hide a factor
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda parameters, limit: seen.append(
+        [p.grad.clone() for p in parameters]) or torch.ones(()))
     run(*BASE, f'--data={text}', '--base_steps=1', '--grad_accum=2', out=tmp_path / 'a')
 
     def joined(*args):
@@ -1196,17 +1142,15 @@ def test_what_is_not_finite_never_reaches_the_weights(where, text, tmp_path, mon
     assert stop.value.code == 3 and 'at step 1' in said and 'a smaller --base_lr' in said
     assert all(t.isfinite().all() for t in weights(tmp_path / 'base.pt').values())
 
-def test_a_disk_that_fills_leaves_the_old_checkpoint_whole(spoiled, monkeypatch):
-    os.remove(spoiled / 'd2dmoe.pt')
-    before = M.checkpoint_hash(spoiled / 'moe.pt')
-
-    def full(data, path):
+def test_a_disk_that_fills_leaves_the_old_checkpoint_whole(tmp_path):
+    def full(path):
         open(path, 'wb').write(b'half')
         raise RuntimeError('PytorchStreamWriter failed writing file: No space left on device')
-    monkeypatch.setattr(torch, 'save', full)
-    refused('moe.pt: cannot be written', '--phase=moefy', '--n_experts=8', '--overwrite=1',
-            out=spoiled)
-    assert M.checkpoint_hash(spoiled / 'moe.pt') == before and not list(spoiled.glob('*.tmp'))
+
+    (tmp_path / 'm.pt').write_text('whole')
+    with pytest.raises(M.BadInput, match='m.pt: cannot be written .*No space left'):
+        M.write_atomically(tmp_path / 'm.pt', full)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['whole']
 
 def test_scripts(finished, tmp_path):
     """Phases from file to file, and what a shell sees of a refusal."""
@@ -1264,15 +1208,13 @@ def texts(content, name='a.tsv'):
 REFUSED = [
     ('--nlayer=2', 'did you mean --n_layer?'), ('n_layer=2', 'not of the form'),
     ('--n_layer=two', 'must be of type int'), ('--n_layer=0', 'must be positive'),
-    ('--base_lr=-1', 'not negative'), ('--base_lr=inf', 'finite'),
-    ('--tau=1.5', 'between 0 and 1'), ('--overwrite=yes', 'must be 0 or 1'),
+    ('--base_lr=inf', 'finite and not negative'), ('--overwrite=yes', 'must be 0 or 1'),
     ('--activation=relu,gelu', 'must be one of relu, gelu, gelu_tanh'),
     ('--router_loss=norm,best', 'must be one of norm, active, share'),
-    ('--split=metis', 'kmeans, random'), ('--rule=best', 'dynk, threshold'),
     ('--attn_projections=qq', 'letters qkvo'), ('--preset=huge', 'hour'),
     ('--n_embd=30 --n_head=4 --n_experts=8', 'multiple of --n_head'),
     ('--router_loss=oracle', 'nothing to learn'), ('--n_experts=2000', '1024 neurons'),
-    ('--n_experts=8 --expert_size=7', 'give one'), ('--seeds=0,x', 'whole numbers'),
+    ('--n_experts=8 --expert_size=7', 'give one'), ('--seeds=0,0', 'different whole numbers'),
     ('--phase=attn', 'make it with'), ('--phase=export', 'needs --to=DIR'),
     ('--phase=sample --eval_batches=3', '--phase=sample does not use it'),
     ('--seeds=0,1 --seed=2', 'does not use it'), ('--seeds=0,1 --phase=sample', 'takes one'),
@@ -1288,17 +1230,15 @@ REFUSED = [
     (lambda folder: M.load(folder / 'm.pt'), 'm.pt: no such checkpoint'),
     (lambda folder: M.load(os.path.join(HERE, THIS)), f'{THIS}: not a readable checkpoint'),
     (lambda folder: torch.save([1], folder / 'm.pt') or M.load(folder / 'm.pt'), 'not a d2dmoe'),
-    (M.load, 'neither a checkpoint'),
-    (ours(n_new=1), 'n_new'), (ours(n_embd=18), 'm.pt: its tensors do not fit'),
-    (ours(n_head=3), 'multiple of n_head'), (ours(activation='tan'), 'activation=tan'),
-    (ours(router_loss='other'), 'other'), (ours(rule='other'), 'rule=other'),
-    (ours('wpe.weight'), 'wpe.weight'), (published(GPT2, n_embd=64), 'cannot be read'),
+    (M.load, 'neither a checkpoint'), (ours(n_new=1), 'n_new'), (ours('wpe.weight'), 'wpe.weight'),
+    (ours(n_embd=18), 'm.pt: its tensors do not fit'), (ours(n_head=3), 'multiple of n_head'),
+    (ours(activation='tan'), 'activation=tan'), (ours(rule='other'), 'rule=other'),
     (published(GPT2, 'transformer.h.1.ln_2.bias'), 'no tensor transformer.h.1.ln_2.bias'),
+    (published(GPT2, n_embd=64), 'cannot be read'),
     (published(GPT2, model_type='opt'), "'opt' is neither"),
-    (published(GPT2, tie_word_embeddings=False), 'tie_word_embeddings=False'),
     (published(GPT2, activation_function='silu'), "activation 'silu' is none of"),
-    (published(MASKED, is_decoder=True), 'is_decoder=True'),
     (published(GPT2, n_classes=2), 'no classification head'),
+    (published(MASKED, is_decoder=True), 'is_decoder=True'),
     (lambda folder: M.export(tiny(), HERE), 'not an empty folder'),
     (lambda folder: bench.read_routing(THIS), 'not a file of masks'),
     (lambda folder: moefy.expert_sizes(9, 10), 'n_experts=10: must be between 1 and the 9'),
@@ -1341,7 +1281,7 @@ def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
                 loss_pick=loss if pick is None else pick, **more)
 
-def test_picked_and_the_gap_to_topk():
+def test_picked_the_gap_to_topk_and_macro_f1():
     rows = [row(None, None, None, 1, 2.0), row(None, None, None, 1, 2.01),
             row('norm', 'dynk', 0.1, 0.6, 2.015), row('norm', 'dynk', 0.2, 0.5, 2.5, pick=2.02),
             row('norm', 'dynk', 0.3, 0.4, 2.0, pick=2.03), row('norm', 'topk', 0.5, 0.7, 2.1)]
@@ -1354,8 +1294,6 @@ def test_picked_and_the_gap_to_topk():
     control = [row('', 'topk', 0, 0.4, 3.0), row('', 'topk', 0, 0.8, 2.0)]
     gap = bench.flops_gap([row('', '', 0, 0.6, 2.0), row('', '', 0, 0.9, 9.0)], control)
     assert gap == [pytest.approx(2.0 / 2.5 - 1)]
-
-def test_accuracy_and_macro_f1():
     accuracy, f1 = bench.classification(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 1]))
     assert accuracy == 0.5 and f1 == pytest.approx((2 / 3 + 0.5 + 0) / 3)
 
