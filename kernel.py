@@ -14,6 +14,7 @@ accumulate in fp32. Experts are summed, never weighted. A NaN in a row of x stay
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import math
@@ -63,6 +64,9 @@ def experts(x, mask, bundle, impl=None, rho=None):
     enabled and an input requires it. On a GPU fp32 sums are added atomically, so two calls may
     differ in the last bits; on a CPU they do not, whatever the number of threads.
     """
+    if isinstance(bundle.w_in, Int8):
+        every = mask if mask is not None else x.new_ones(len(x), len(bundle.offsets) - 1, dtype=torch.bool)
+        return (triton_experts if x.is_cuda and triton else int8_experts)(x, every, bundle, rho)
     if mask is None:
         a = ACTIVATIONS[bundle.act](linear(x, bundle.w_in, bundle.b_in))  # (T, H)
         return linear(a, bundle.w_out.t(), bundle.b_out)
@@ -125,6 +129,8 @@ def linear(x, weight, bias=None):
     On a CPU that is MKL or oneDNN, timed once per shape class; only under inference_mode, because
     the two round differently and a training run has to repeat bit for bit.
     """
+    if isinstance(weight, Int8):
+        return int8_linear(x, weight).to(x.dtype)
     # In this order: a compiler cannot trace the question for inference mode.
     plain = torch.compiler.is_compiling() or not x.is_cpu or not x.numel()
     if plain or not torch.is_inference_mode_enabled():
@@ -206,9 +212,21 @@ class Layout(NamedTuple):
     """Where the T packed tokens stand in their batch of B sequences of at most L tokens."""
     B: int
     L: int
+    starts: torch.Tensor               # (B+1) int32: of each sequence's tokens, on the CPU
     index: Optional[torch.Tensor]      # (T) places in the batch, None where none is padding
     mask: Optional[torch.Tensor]       # (B, 1, 1 or L, L) bool, None where none is needed
     causal: bool
+
+    @staticmethod
+    def of(keep, B, L, causal, device=None):
+        """keep (B, L): 0 where padding is, or None."""
+        if keep is None or bool(keep.all()):
+            return Layout(B, L, torch.arange(0, B * L + 1, L, dtype=torch.int32), None, None, causal)
+        index, mask = keep.reshape(-1).nonzero().squeeze(-1), keep.bool()[:, None, None, :]
+        if causal:
+            mask = mask & torch.ones(L, L, dtype=torch.bool, device=keep.device).tril()
+        starts = F.pad(keep.bool().sum(1).cumsum(0), (1, 0)).to('cpu', torch.int32)
+        return Layout(B, L, starts, index, mask, causal)
 
     def pad(self, x):  # (T, ...) -> (B, L, ...)
         if self.index is not None:
@@ -219,6 +237,9 @@ class Layout(NamedTuple):
         x = x.reshape(self.B * self.L, *x.shape[2:])
         return x if self.index is None else x[self.index]
 
+    def heads(self):  # (B): the token of each sequence that a classifier reads, or a GPT goes on from
+        return (self.starts[1:] - 1 if self.causal else self.starts[:-1]).long()
+
 class LayerCache:
     """Keys and values of one layer, (B, heads, size, d), of which the first n are filled."""
 
@@ -226,24 +247,33 @@ class LayerCache:
         self.k = self.v = None
         self.size, self.n = size, 0
 
-    def extend(self, k, v):
+    def reserve(self, B, heads, d, like):
         if self.k is None:
-            B, heads, _, d = k.shape
-            self.k, self.v = (t.new_empty(B, heads, self.size, d) for t in (k, v))
+            self.k, self.v = (like.new_empty(B, heads, self.size, d) for _ in 'kv')
+
+    def extend(self, k, v):
+        self.reserve(len(k), k.shape[1], k.shape[3], k)
         end = self.n + k.shape[2]
         self.k[:, :, self.n:end], self.v[:, :, self.n:end] = k, v
         self.n = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
 def attention(q, k, v, layout, cache=None, dropout=0.0):
-    """q, k, v (T, heads, d) -> (T, heads, d): every token looks at those of its own sequence."""
-    q, k, v = (layout.pad(t).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, d)
+    """k, v (T, heads, d): every token looks at those of its own sequence, a GPT's at earlier ones.
+    q as k -> (T, heads, d); or (B, heads, d), of the tokens layout.heads() alone -> as many."""
+    only = len(q) < len(k)
+    fast = q.is_cpu and not dropout and torch.is_inference_mode_enabled() and have_cpp()
+    if fast and not torch.compiler.is_compiling() and q.dtype == torch.float32:
+        return cpp_attention(q, k, v, layout, cache, only)
+    q = q[:, :, None] if only else layout.pad(q).transpose(1, 2)
+    k, v = (layout.pad(t).transpose(1, 2) for t in (k, v))  # (B, heads, L, d)
     if cache is not None:
         k, v = cache.extend(k, v)
     # A single query is the last token, and sees all.
     causal = layout.causal and layout.mask is None and q.shape[2] > 1
-    y = F.scaled_dot_product_attention(q, k, v, layout.mask, dropout, is_causal=causal)
-    return layout.pack(y.transpose(1, 2))
+    mask = layout.mask[:, :, -1:] if only and layout.mask is not None else layout.mask
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    return y[:, :, 0] if only else layout.pack(y.transpose(1, 2))
 
 # ----------------------------------------------------------------------------------------- Triton
 #
@@ -485,11 +515,34 @@ NATIVE = [['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
 PID = os.getpid()
 
 class Job(ctypes.Structure):
-    """As in the source below."""
+    """One call of the fp32 and bf16 kernel. This and what follows are structs of the source below."""
     pointers = 'x', 'mask', 'w_in', 'b_in', 'w_out', 'b_out', 'offsets', 'y'
     _fields_ = [*((name, ctypes.c_void_p) for name in pointers),
                 *((name, ctypes.c_int64) for name in 'TDE'),
                 *((name, ctypes.c_int) for name in ('act', 'threads'))]
+
+def fields(pointers='', sizes='', floats=''):
+    kinds = (pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (floats, ctypes.c_float)
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+class CMatrix(ctypes.Structure):
+    _fields_ = fields('w scale bias', 'N K panel step')
+
+class CFfn(ctypes.Structure):
+    _fields_ = [('w_in', CMatrix), ('w_out', CMatrix), *fields('fold offsets', 'E act')]
+
+class CAttention(ctypes.Structure):
+    _fields_ = fields('q k v y starts old_k old_v',
+                      'B heads d stride longest past size causal only threads')
+
+class CLayer(ctypes.Structure):
+    _fields_ = [(name, CMatrix) for name in ('qkv', 'o', 'router_1', 'router_2')] + [
+        ('ffn', CFfn), *fields('', 'dynk', 'tau floor'),
+        *fields('scale_1 shift_1 scale_2 shift_2 k v mask')]
+
+class CModel(ctypes.Structure):
+    _fields_ = [*fields('layers x h qkv'), ('attention', CAttention),
+                *fields('', 'n_layer T H W R E pre_ln only', 'eps')]
 
 def cpu_name():
     """What -march=native depends on."""
@@ -542,6 +595,10 @@ def library():
 def have_cpp():
     return library() is not None
 
+def n_threads():
+    # In a forked child libgomp would hang.
+    return torch.get_num_threads() if os.getpid() == PID else 1
+
 def cpp_experts(x, mask, bundle, rho=None, path=None):
     """`experts` on a CPU, in fp32 or bf16. path: 'few' or 'many' tokens, None: by their number."""
     w_in, b_in, w_out, b_out, offsets, act = bundle
@@ -556,14 +613,177 @@ def cpp_experts(x, mask, bundle, rho=None, path=None):
     b_in, b_out = (None if b is None else b.float().contiguous() for b in (b_in, b_out))
     y = torch.empty_like(x)
     if T:
-        # In a forked child libgomp would hang.
-        threads = torch.get_num_threads() if os.getpid() == PID else 1
         tensors = x, mask, w_in, b_in, w_out, b_out, offsets, y
         job = Job(*(None if t is None else t.data_ptr() for t in tensors), T, D, E,
-                  list(ACTIVATIONS).index(act), threads)
+                  list(ACTIVATIONS).index(act), n_threads())
         few = T <= FEW if path is None else path == 'few'
         library().run(ctypes.byref(job), x.dtype == torch.bfloat16, few)
     return y
+
+# ------------------------------------------------------------------------------------------- int8
+
+@dataclasses.dataclass
+class Int8:
+    """A matrix (N, K) and its bias for inference: a scale a row, the largest / 127, times whole
+    numbers -127 .. 127. For the C++ kernel they lie in blocks of 8 x 8, plus 128; see there."""
+    w: torch.Tensor                    # (N, K) int8, or blocks (N / 8, K / 8, 64) uint8
+    scale: torch.Tensor                # (N), with blocks padded to whole ones, as is bias
+    bias: Optional[torch.Tensor]       # (N), of a w_out (K)
+    N: int
+    K: int
+    by_column: bool                    # a w_out, which is multiplied from the left: h @ w
+
+    def __len__(self):
+        return self.N
+
+    def part(self, a, b):
+        """Rows a .. b, whole blocks, sharing memory."""
+        unit = 8 if self.w.dtype == torch.uint8 else 1
+        bias = None if self.bias is None else self.bias[a:b]
+        return Int8(self.w[a // unit:b // unit], self.scale[a:b], bias, b - a, self.K, False)
+
+    def rows(self):
+        """The whole numbers as floats: (N, K)."""
+        if self.w.dtype == torch.int8:
+            return self.w.float()
+        w = self.w.view(*self.w.shape[:2], 8, 8).float() - 128
+        w = w.transpose(2, 3) if self.by_column else w
+        return w.transpose(1, 2).reshape(8 * w.shape[0], -1)[:self.N, :self.K]
+
+def pointers(*tensors):
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+def sizes(*numbers):
+    return [ctypes.c_int64(n) for n in numbers]
+
+def whole_numbers(x):
+    """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
+    largest = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return (x * inverse).round(), largest / 127
+
+def pad_to_8(t, dim=-1, value=0):
+    short = -t.shape[dim] % 8
+    return t if not short else F.pad(t.movedim(dim, -1), (0, short), value=value).movedim(-1, dim)
+
+def int8(w, bias=None, by_column=False):
+    """w (N, K) in fp32, bias (N), or (K) of a w_out -> Int8."""
+    w, (N, K) = w.detach().float(), w.shape
+    q, scale = whole_numbers(w)
+    scale, bias = scale[:, 0], None if bias is None else bias.detach().float().clone()
+    if not (w.is_cpu and have_cpp()):
+        return Int8(q.to(torch.int8), scale, bias, N, K, by_column)
+    blocks = pad_to_8(pad_to_8(q), 0).view(-(-N // 8), 8, -(-K // 8), 8).transpose(1, 2)
+    blocks = blocks.transpose(2, 3) if by_column else blocks
+    bias = pad_to_8(torch.zeros(K if by_column else N) if bias is None else bias)
+    blocks = (blocks.flatten(2) + 128).to(torch.uint8)
+    return Int8(blocks, pad_to_8(scale), bias, N, K, by_column)
+
+def int8_linear(x, m):
+    """x (..., K) -> (..., N) in fp32; x is quantised row by row."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    y = flat.new_empty(len(flat), m.N)
+    if m.w.dtype == torch.uint8:
+        flat = pad_to_8(flat).contiguous()
+        matrix = c_matrix(m)
+        library().linear8(ctypes.byref(matrix), *pointers(flat, y), *sizes(len(y), n_threads()))
+    else:
+        q, scale = whole_numbers(flat)
+        y = F.linear(q, m.rows()) * (scale * m.scale)
+        y = y if m.bias is None else y + m.bias
+    return y.view(*x.shape[:-1], m.N)
+
+def int8_experts(x, mask, bundle, rho=None):
+    """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
+    w_in, w_out, act = bundle.w_in, bundle.w_out, bundle.act
+    if w_in.w.dtype == torch.uint8:
+        flat, mask = x.float().contiguous(), mask.contiguous()
+        y = torch.zeros_like(flat)
+        h, ffn = x.new_empty(FEW, w_in.N, dtype=torch.float32), c_ffn(bundle)
+        library().experts8(ctypes.byref(ffn), *pointers(flat, mask, h, y),
+                           *sizes(len(x), n_threads()))
+        return y.to(x.dtype)
+    a = ACTIVATIONS[act](int8_linear(x, w_in))
+    a = a.masked_fill(~neuron_mask(mask, bundle.offsets, w_in.N), 0) * w_out.scale
+    q, scale = whole_numbers(a)
+    y = q @ w_out.rows() * scale
+    return (y if w_out.bias is None else y + w_out.bias).to(x.dtype)
+
+def c_matrix(m):
+    rows, columns, _ = m.w.shape
+    if m.by_column:
+        return CMatrix(m.w.data_ptr(), ones(8 * columns).data_ptr(), m.bias.data_ptr(), m.K,
+                       8 * rows, 64, 64 * columns)
+    return CMatrix(m.w.data_ptr(), m.scale.data_ptr(), m.bias.data_ptr(), m.N, 8 * columns,
+                   64 * columns, 64)
+
+@functools.cache
+def ones(n):
+    return torch.ones(n)
+
+def c_ffn(bundle):
+    return CFfn(c_matrix(bundle.w_in), c_matrix(bundle.w_out), bundle.w_out.scale.data_ptr(),
+                bundle.offsets.data_ptr(), len(bundle.offsets) - 1,
+                list(ACTIVATIONS).index(bundle.act))
+
+def int8_layer(qkv, o, bundle, norms, router=None):
+    """A block for encode_int8: matrices as Int8, norms (two scales, two shifts), router (two matrices,
+    whether its rule is dynk, tau, floor); the caller keeps all of them alive."""
+    layer = CLayer(qkv=c_matrix(qkv), o=c_matrix(o), ffn=c_ffn(bundle))
+    names = 'scale_1', 'shift_1', 'scale_2', 'shift_2'
+    for name, t in zip(names, norms):
+        setattr(layer, name, t.data_ptr())
+    if router is not None:
+        first, second, layer.dynk, layer.tau, layer.floor = router
+        layer.router_1, layer.router_2 = c_matrix(first), c_matrix(second)
+    return layer
+
+def c_attention(q, k, v, stride, y, layout, heads, d, cache=None, only=False):
+    """q, k, v: addresses of rows `stride` floats apart; y (T, D), the result."""
+    past, size = (cache.n, cache.size) if cache is not None else (0, 0)
+    old = (cache.k.data_ptr(), cache.v.data_ptr()) if cache is not None else (None, None)
+    return CAttention(q, k, v, y.data_ptr(), layout.starts.data_ptr(), *old, layout.B, heads,
+                      d, stride, layout.L, past, size, layout.causal, only, n_threads())
+
+def cpp_attention(q, k, v, layout, cache=None, only=False):
+    """`attention` on a CPU, in fp32."""
+    (T, heads, d), y = k.shape, torch.empty_like(q)
+    if cache is not None:
+        cache.reserve(layout.B, heads, d, k)
+    # the kernel finds the q of a sequence where its tokens are
+    if only:
+        q = torch.empty_like(k).index_copy_(0, layout.heads(), q)
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    call = c_attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), heads * d, y, layout, heads, d, cache, only)
+    library().attention(ctypes.byref(call))
+    if cache is not None:
+        cache.n += layout.L
+    return y
+
+def encode_int8(x, layers, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
+    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place, or (B, D) where
+    of the last block only the first token of each sequence (causal: the last) is needed. layers:
+    an array of CLayer; masks: a list that receives each block's (T, E), or None."""
+    (T, D), E = x.shape, max(layer.ffn.E for layer in layers)
+    h, qkv, y = (x.new_empty(n) for n in (FEW * layers[0].ffn.w_in.N, 3 * T * D, T * D))
+    for i, layer in enumerate(layers):
+        layer.k = layer.v = layer.mask = None
+        if cache is not None:
+            cache[i].reserve(layout.B, n_head, D // n_head, x)
+            layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
+        if masks is not None:
+            masks.append(torch.empty(T, layer.ffn.E, dtype=torch.bool))
+            layer.mask = masks[-1].data_ptr()
+    at = qkv.data_ptr()
+    attention = c_attention(at, at + 4 * D, at + 8 * D, 3 * D, y, layout, n_head,
+                            D // n_head, cache[0] if cache else None, only)
+    model = CModel(ctypes.addressof(layers), x.data_ptr(), h.data_ptr(), at, attention, len(layers),
+                   T, layers[0].ffn.w_in.N, max(8, *(layer.router_1.N for layer in layers)),
+                   max(8, *(layer.router_2.N for layer in layers)), E, pre_ln, only, eps)
+    library().encode(ctypes.byref(model))
+    for layer_cache in cache or ():
+        layer_cache.n += layout.L
+    return x[:layout.B] if only else x
 
 # What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
 IMPLS = dict(triton=triton_experts, cpp=cpp_experts, torch=expert_loop, dense=dense_masked)
@@ -588,6 +808,12 @@ CPP = r'''
 //   copied to the L1 cache (rows a power of two apart would evict each other there).
 // few() is bound by memory: chunks of neurons in parallel, a weight is read once for all tokens.
 // The order of every sum is fixed by the shapes and the mask, never by the number of threads.
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -673,15 +899,29 @@ static inline v4 lane_sums(const vf* acc) {
     return v4{ab[0], ab[1], cd[0], cd[1]} + v4{ab[2], ab[3], cd[2], cd[3]};
 }
 
-// Out of line: its code would be in every tile
-__attribute__((noinline)) static v4 gelu(v4 h, int act) {
-    for (int j = 0; j < 4; j++) {
-        float v = h[j];
-        h[j] = 0.5f * v * (1 + (act == 1 ? erff(v * 0.70710678f)
-                                         : tanhf(0.79788456f * (v + 0.044715f * v * v * v))));
-    }
-    return h;
+static float sum_of(vf v) { const v4 s = fold(v); return (s[0] + s[1]) + (s[2] + s[3]); }
+static i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+// e^x to 2e-7; NaN stays NaN
+template <class V> static inline V exponential(V x) {
+    typedef uint32_t U __attribute__((vector_size(sizeof(V))));
+    x = x < -87.0f ? V{} - 87.0f : x > 88.0f ? V{} + 88.0f : x;
+    V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = ((r * 1.9875691e-4f + 1.3981999e-3f) * r + 8.3334519e-3f) * r + 4.1665796e-2f;
+    p = (p * r + 1.6666666e-1f) * r + 0.5f;
+    return (V)((U)(p * r * r + r + 1.0f) + ((U)shifted << 23));
 }
+template <class V> static inline V activate(V x, int act) {
+    if (act == 0) return x < V{} ? V{} : x;  // NaN < 0 is false: relu(NaN) is NaN
+    if (act == 2) return x / (1.0f + exponential(-1.5957691f * (x + 0.044715f * x * x * x)));
+    V z = x * 0.70710678f, u = z < V{} ? -z : z;  // erf by Abramowitz and Stegun 7.1.26, to 1.5e-7
+    V t = 1.0f / (1.0f + 0.3275911f * u);
+    V p = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t;
+    V erf = 1.0f - (p + 0.254829592f) * t * exponential(-u * u);
+    return 0.5f * x * (1.0f + (z < V{} ? -erf : erf));
+}
+// Out of line: its code would be in every tile
+__attribute__((noinline)) static v4 gelu(v4 h, int act) { return activate(h, act); }
 
 template <class W> struct Job {  // one call; kernel.py fills it through ctypes
     const W* x; const uint8_t* mask; const W* w_in; const float* b_in; const W* w_out;
@@ -874,6 +1114,544 @@ template <class W> static void few(const Job<W>& job) {
 extern "C" void run(const void* job, int narrow, int is_few) {
     auto call = [&](auto* job) { is_few ? few(*job) : many(*job); };
     narrow ? call((const Job<bf16>*)job) : call((const Job<float>*)job);
+}
+
+// -------------------------------------------------------------------------------------- attention
+//
+// One head of a sequence of L tokens, the last n of which ask. Keys are laid on their side, so that
+// scores come LANES at a time; up to eight queries share what is loaded.
+struct Head { const float *q, *k, *v; float* out; i64 qs, ks, os, d; };  // strides between tokens
+struct Room {
+    i64 wide, deep; Buffer keys, values, scores;  // (d, wide), (L, deep), (8, wide)
+    Room(i64 L, i64 d) : wide(round_up(L, LANES)), deep(round_up(d, LANES)),
+                         keys(d * wide), values(L * deep), scores(8 * wide) {
+        memset(values, 0, L * deep * 4);
+    }
+};
+
+// scores of n keys -> their softmax but for the factor that is returned
+static float softmax(float* s, i64 n) {
+    vf top = vf{} - INFINITY, sum = {};
+    vi lane;
+    for (int k = 0; k < LANES; k++) lane[k] = k;
+    for (i64 j = 0; j < n; j += LANES) {
+        const vf v = lane < (uint32_t)(n - j) ? load(s + j) : vf{} - INFINITY;
+        top = v > top ? v : top;
+    }
+    float most = top[0];
+    for (int k = 1; k < LANES; k++) most = std::max(most, top[k]);
+    for (i64 j = 0; j < n; j += LANES) {
+        const vf v = lane < (uint32_t)(n - j) ? exponential(load(s + j) - most) : vf{};
+        *(vu*)(s + j) = v;
+        sum += v;
+    }
+    return 1 / sum_of(sum);
+}
+// NQ queries from i on; query t sees `seen` + t * causal keys
+template <int NQ> static void ask(const Head& h, i64 i, i64 seen, bool causal, Room& my) {
+    const float scale = 1 / sqrtf(h.d);
+    float factor[NQ];
+    for (i64 j = 0; j < seen + (NQ - 1) * causal; j += LANES) {
+        vf acc[NQ] = {};
+        for (i64 c = 0; c < h.d; c++) {
+            const vf key = load(my.keys + c * my.wide + j);
+            for (int t = 0; t < NQ; t++) acc[t] += h.q[(i + t) * h.qs + c] * key;
+        }
+        for (int t = 0; t < NQ; t++) *(vu*)(my.scores + t * my.wide + j) = acc[t] * scale;
+    }
+    for (int t = 0; t < NQ; t++) factor[t] = softmax(my.scores + t * my.wide, seen + t * causal);
+    for (i64 c = 0; c < h.d; c += LANES) {
+        vf acc[NQ] = {};
+        for (i64 j = 0; j < seen; j++) {
+            const vf value = load(my.values + j * my.deep + c);
+            for (int t = 0; t < NQ; t++) acc[t] += my.scores[t * my.wide + j] * value;
+        }
+        for (int t = 0; t < NQ; t++) {
+            for (i64 j = seen; j < seen + t * causal; j++)
+                acc[t] += my.scores[t * my.wide + j] * load(my.values + j * my.deep + c);
+            acc[t] *= factor[t];
+            memcpy(h.out + (i + t) * h.os + c, &acc[t], std::min<i64>(LANES, h.d - c) * 4);
+        }
+    }
+}
+template <int NQ>
+static void ask_some(i64 nq, const Head& h, i64 i, i64 seen, bool causal, Room& my) {
+    if (nq == NQ) return ask<NQ>(h, i, seen, causal, my);
+    if constexpr (NQ > 1) ask_some<NQ - 1>(nq, h, i, seen, causal, my);
+}
+static void attend(const Head& h, i64 n, i64 L, bool causal, Room& my) {
+    for (i64 c = 0; c < h.d; c++) {
+        float* keys = my.keys + c * my.wide;
+        for (i64 j = 0; j < L; j++) keys[j] = h.k[j * h.ks + c];
+        // Left alone the rest may be denormal, which is slow
+        for (i64 j = L; j < round_up(L, LANES); j++) keys[j] = 0;
+    }
+    for (i64 j = 0; j < L; j++) memcpy(my.values + j * my.deep, h.v + j * h.ks, h.d * 4);
+    for (i64 i = 0, nq; i < n; i += nq) {
+        const i64 left = (n - i + 7) / 8;
+        nq = (n - i + left - 1) / left;
+        ask_some<8>(nq, h, i, causal ? L - n + i + 1 : L, causal, my);
+    }
+}
+
+// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where only
+// the first token (causal: the last) asks. The cache holds `past` tokens of each sequence.
+struct Attention {
+    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;  // (B, heads, size, d)
+    i64 B, heads, d, stride, longest, past, size, causal, only, threads;
+};
+static void attend(const Attention& a, i64 item, Room& room) {
+    const i64 b = item / a.heads, c = item % a.heads * a.d, D = a.heads * a.d, first = a.starts[b];
+    const i64 n = a.starts[b + 1] - first, row = first + (a.only && a.causal ? n - 1 : 0);
+    Head h{a.q + row * a.stride + c, a.k + first * a.stride + c, a.v + first * a.stride + c,
+           a.y + (a.only ? b : first) * D + c, a.stride, a.stride, D, a.d};
+    if (a.old_k) {
+        float *k = a.old_k + item * a.size * a.d, *v = a.old_v + item * a.size * a.d;
+        for (i64 t = 0; t < n; t++) {
+            memcpy(k + (a.past + t) * a.d, h.k + t * h.ks, a.d * 4);
+            memcpy(v + (a.past + t) * a.d, h.v + t * h.ks, a.d * 4);
+        }
+        h.k = k, h.v = v, h.ks = a.d;
+    }
+    attend(h, a.only ? 1 : n, a.past + n, a.causal, room);
+}
+extern "C" void attention(const Attention* a) {
+    #pragma omp parallel num_threads(a->threads)
+    {
+        Room room(a->past + a->longest, a->d);
+        #pragma omp for schedule(dynamic)
+        for (i64 item = 0; item < a->B * a->heads; item++) attend(*a, item, room);
+    }
+}
+
+// ------------------------------------------------------------------------------------------- int8
+//
+// A row of x, or of a matrix, is largest / 127 times whole numbers -127 .. 127, so that
+//     y[t, n] = scale[t] * scale[n] * (whole number) + bias[n]
+// with the same whole numbers on every CPU and in any order. A matrix (N, K) is cut into blocks of 8
+// rows x 8 columns, 64 bytes. A stored weight is 128 more than it is, because the dot product of x86
+// wants unsigned bytes; 128 * (sum of the row of x) is subtracted at the end.
+//   multiply: all arithmetic there is. NT tokens x NP panels of 8 rows stay in registers along the
+//             columns: all of them (a linear, the head, an expert's hidden units), or a list of the
+//             blocks in which h is not zero (an FFN's output, after routing and ReLU).
+//   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for one
+//             another six times a layer. Many: they share out blocks of tokens, and wait around
+//             attention only.
+typedef uint8_t u8;
+typedef int8_t s8;
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef float v8f __attribute__((vector_size(32)));
+typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
+typedef s8 v8b __attribute__((vector_size(8), aligned(1), may_alias));
+
+// Narrow: 8 columns of x, for each row of a block; Wide: a block; Sum: of a panel
+#if defined(__AVX512VNNI__)
+typedef __m512i Narrow, Wide, Sum;
+static inline Narrow narrow(const s8* x) {
+    i64 v; memcpy(&v, x, 8);
+    return (Narrow)pinned((vi)_mm512_set1_epi64(v));
+}
+static inline Wide wide(const u8* w) { return (Wide)pinned((vi)_mm512_loadu_si512(w)); }
+static inline void add(Sum& s, const Wide& w, const Narrow& x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(w), "v"(x));  // around its own GCC copies s
+}
+static inline v8i total(const Sum& s) {
+    return (v8i)_mm512_cvtepi64_epi32(_mm512_add_epi32(s, _mm512_srli_epi64(s, 32)));
+}
+#elif defined(__AVX2__)
+typedef __m256i Narrow;
+struct Wide { __m256i v[4]; };  // 16 bits each: two products and their sum fit into 32
+struct Sum { __m256i v[4]; };
+static inline Narrow narrow(const s8* x) {
+    return _mm256_broadcastsi128_si256(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)x)));
+}
+static inline Wide wide(const u8* w) {
+    Wide out;
+    for (int i = 0; i < 4; i++)
+        out.v[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * i)));
+    return out;
+}
+static inline void add(Sum& s, const Wide& w, const Narrow& x) {
+#if defined(__AVXVNNI__)
+    for (int i = 0; i < 4; i++) s.v[i] = _mm256_dpwssd_avx_epi32(s.v[i], w.v[i], x);
+#else
+    for (int i = 0; i < 4; i++) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w.v[i], x));
+#endif
+}
+static inline v8i total(const Sum& s) {
+    __m256i a = _mm256_hadd_epi32(s.v[0], s.v[1]), b = _mm256_hadd_epi32(s.v[2], s.v[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return (v8i)_mm256_permutevar8x32_epi32(_mm256_hadd_epi32(a, b), order);
+}
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#include <arm_neon.h>
+typedef int8x16_t Narrow;
+struct Wide { uint8x16_t v[4]; };
+struct Sum { int32x4_t v[4]; };
+static inline Narrow narrow(const s8* x) { return vcombine_s8(vld1_s8(x), vld1_s8(x)); }
+static inline Wide wide(const u8* w) {
+    return {vld1q_u8(w), vld1q_u8(w + 16), vld1q_u8(w + 32), vld1q_u8(w + 48)};
+}
+static inline void add(Sum& s, const Wide& w, const Narrow& x) {
+    for (int i = 0; i < 4; i++) s.v[i] = vusdotq_s32(s.v[i], w.v[i], x);
+}
+static inline v8i total(const Sum& s) {
+    int32x4_t part[2] = {vpaddq_s32(s.v[0], s.v[1]), vpaddq_s32(s.v[2], s.v[3])};
+    v8i out; memcpy(&out, part, 32);
+    return out;
+}
+#else
+typedef const s8* Narrow;
+typedef const u8* Wide;
+struct Sum { int32_t v[8]; };
+static inline Narrow narrow(const s8* x) { return x; }
+static inline Wide wide(const u8* w) { return w; }
+static inline void add(Sum& s, Wide w, Narrow x) {
+    for (int i = 0; i < 64; i++) s.v[i / 8] += w[i] * x[i % 8];
+}
+static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
+#endif
+
+struct Matrix {  // row panel p, column block k: the 64 bytes at w + p * panel + k * step
+    const u8* w; const float *scale, *bias; i64 N, K, panel, step;
+    i64 panels() const { return (N + 7) / 8; }
+};
+struct Rows {  // n rows of K numbers, quantised
+    i64 K; std::vector<s8> q; std::vector<float> scale; std::vector<int> sum;
+    Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n) {}
+    // Row t is x; list: its n blocks that are not zero, the others stay what they were
+    void set(i64 t, const float* x, const int* list, i64 n) {
+        v8i most = {}, total = {};  // |x| as an integer, so that a NaN is the largest
+        for (i64 i = 0; i < n; i++) {
+            v8i u = (v8i)*(v8u*)(x + 8 * (list ? list[i] : i)) & 0x7fffffff;
+            most = u > most ? u : most;
+        }
+        int bits = 0;
+        for (int i = 0; i < 8; i++) bits = std::max(bits, most[i]);
+        float largest; memcpy(&largest, &bits, 4);
+        const bool finite = bits < 0x7f800000;
+        const float inverse = finite && bits ? 127 / largest : 0;
+        for (i64 i = 0; i < n; i++) {
+            const i64 k = 8 * (list ? list[i] : i);
+            v8f v = *(v8u*)(x + k) * inverse + 12582912.0f;  // its low bits: to nearest, ties even
+            v8i whole = finite ? (v8i)v - 0x4b400000 : v8i{};
+            *(v8b*)&q[t * K + k] = __builtin_convertvector(whole, v8b);
+            total += whole;
+        }
+        sum[t] = 0;
+        for (int i = 0; i < 8; i++) sum[t] += total[i];
+        scale[t] = finite ? largest / 127 : NAN;
+    }
+    void set(i64 t, const float* x) { set(t, x, nullptr, K / 8); }
+};
+// Where a product goes: out[row] = or += x[row] @ panels of m + bias
+struct Out { float* p; i64 stride; bool plus; };
+
+template <int NT, int NP>
+static void multiply(const Matrix& m, const Rows& x, const int* rows, const int* list, i64 n,
+                     i64 p0, Out out) {
+    const s8* xs[NT];
+    for (int t = 0; t < NT; t++) xs[t] = &x.q[rows[t] * x.K];
+    Sum sum[NT][NP] = {};
+    for (i64 i = 0; i < n; i++) {
+        const i64 k = list ? list[i] : i;
+        const u8* w = m.w + p0 * m.panel + k * m.step;
+        Narrow xk[NT];
+        for (int t = 0; t < NT; t++) xk[t] = narrow(xs[t] + 8 * k);
+        for (int p = 0; p < NP; p++) {
+            const Wide wk = wide(w + p * m.panel);
+            for (int t = 0; t < NT; t++) add(sum[t][p], wk, xk[t]);
+        }
+    }
+    #pragma GCC unroll 24
+    for (int p = 0; p < NP; p++) {
+        const i64 j = (p0 + p) * 8, width = std::min<i64>(8, m.N - j);
+        const v8f scale = *(v8u*)(m.scale + j), bias = *(v8u*)(m.bias + j);
+        #pragma GCC unroll 12
+        for (int t = 0; t < NT; t++) {
+            const int r = rows[t];
+            v8f y = __builtin_convertvector(total(sum[t][p]) - 128 * x.sum[r], v8f);
+            y = y * (x.scale[r] * scale) + bias;
+            float* to = out.p + r * out.stride + j;
+            if (width == 8) *(v8u*)to = out.plus ? *(v8u*)to + y : y;
+            else for (i64 i = 0; i < width; i++) to[i] = out.plus ? to[i] + y[i] : y[i];
+        }
+    }
+}
+template <int NT, int NP>
+static void tile(i64 nt, const Matrix& m, const Rows& x, const int* rows, i64 p, Out out) {
+    if (nt == NT) return multiply<NT, NP>(m, x, rows, nullptr, x.K / 8, p, out);
+    if constexpr (NT > 1) tile<NT - 1, NP>(nt, m, x, rows, p, out);
+}
+// n rows and panels p0 .. p1, in nearly equal tiles
+static void product(const Matrix& m, const Rows& x, const int* rows, i64 n, i64 p0, i64 p1,
+                    Out out) {
+    for (i64 p = p0, np; p < p1; p += np) {
+        np = p1 - p >= 4 ? 4 : p1 - p >= 2 ? 2 : 1;
+        const i64 most = np == 4 ? 6 : 12;
+        for (i64 t = 0, nt; t < n; t += nt) {
+            const i64 left = (n - t + most - 1) / most;
+            nt = (n - t + left - 1) / left;
+            auto* f = np == 4 ? tile<6, 4> : np == 2 ? tile<12, 2> : tile<12, 1>;
+            f(nt, m, x, rows + t, p, out);
+        }
+    }
+}
+// One row over a list of blocks, as many panels at a time as there are registers
+template <int NP>
+static void sparse(const Matrix& m, const Rows& x, int row, const int* list, i64 n, i64 p, i64 p1,
+                   Out out) {
+    for (; p + NP <= p1; p += NP) multiply<1, NP>(m, x, &row, list, n, p, out);
+    if constexpr (NP > 1) sparse<NP / 3>(m, x, row, list, n, p, p1, out);
+}
+struct Ffn {
+    Matrix in, out; const float* fold;  // of w_out's rows: h is multiplied by it, out.scale is 1
+    const int* offsets; i64 E, act;     // in neurons, multiples of 8
+};
+struct Worker {  // one thread's room for n tokens: x and h quantised, and what each token runs
+    i64 n, D, H, E;
+    Rows x, h;
+    std::vector<u8> mask; std::vector<int> ids, rows, some, list, count;
+    Worker(i64 n, i64 D, i64 H, i64 E)
+        : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), ids(n), rows(n * E), some(E),
+          list(n * H / 8), count(n) { for (i64 t = 0; t < n; t++) ids[t] = t; }
+
+    // h (n, H): the hidden units of the chosen experts, the part's share of them; n <= this->n
+    void hidden(const Ffn& f, i64 n, float* h, i64 part, i64 parts) {
+        i64 wanted = 0, before = 0;
+        std::fill(some.begin(), some.end(), 0);
+        for (i64 t = 0; t < n; t++) each_expert(f, t, [&](i64 e) {
+            rows[e * this->n + some[e]++] = t;
+        });
+        for (i64 e = 0; e < f.E; e++) wanted += some[e] ? f.offsets[e + 1] - f.offsets[e] : 0;
+        const i64 from = wanted / 8 * part / parts * 8, to = wanted / 8 * (part + 1) / parts * 8;
+        for (i64 e = 0; e < f.E; e++) if (some[e]) {
+            const i64 lo = f.offsets[e], size = f.offsets[e + 1] - lo;
+            const i64 j0 = lo + std::clamp<i64>(from - before, 0, size);
+            const i64 j1 = lo + std::clamp<i64>(to - before, 0, size);
+            before += size;
+            const int* row = &rows[e * this->n];
+            product(f.in, x, row, some[e], j0 / 8, j1 / 8, {h, H, false});
+            for (i64 i = 0; i < some[e]; i++) {
+                float* unit = h + row[i] * H;
+                i64 j = j0;
+                for (; j + LANES <= j1; j += LANES)
+                    *(vu*)(unit + j) = activate(load(unit + j), f.act) * load(f.fold + j);
+                for (; j < j1; j += 8)
+                    *(v8u*)(unit + j) = activate((v8f)*(v8u*)(unit + j), f.act) * *(v8u*)(f.fold + j);
+            }
+        }
+    }
+    // y (n, D) += h @ w_out, the part's share of the columns
+    void output(const Ffn& f, i64 n, const float* unit, float* y, i64 part, i64 parts) {
+        const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
+        i64 filled = 0;
+        for (i64 t = 0; t < n; t++, unit += H) {
+            int *blocks = &list[t * H / 8], some = 0;
+            each_expert(f, t, [&](i64 e) {
+                for (i64 k = f.offsets[e] / 8; k < f.offsets[e + 1] / 8; k++) {
+                    uint64_t u[4]; memcpy(u, unit + 8 * k, 32);
+                    blocks[some] = k;
+                    some += (u[0] | u[1] | u[2] | u[3]) != 0;
+                }
+            });
+            memset(&h.q[t * H], 0, H);
+            h.set(t, unit, blocks, some);
+            count[t] = some, filled += some;
+        }
+        // Sharing what is loaded pays where most blocks are wanted
+        if (filled * 8 > 0.4 * n * H) return product(f.out, h, ids.data(), n, p0, p1, {y, D, true});
+        for (i64 t = 0; t < n; t++)
+            sparse<24>(f.out, h, t, &list[t * H / 8], count[t], p0, p1, {y, D, true});
+    }
+    template <class F> void each_expert(const Ffn& f, i64 t, F call) {
+        for (i64 e0 = 0; e0 < f.E; e0 += 8) {
+            uint64_t chosen = 0;  // bytes 0 or 1
+            memcpy(&chosen, &mask[t * f.E + e0], std::min<i64>(8, f.E - e0));
+            for (; chosen; chosen &= chosen - 1) call(e0 + __builtin_ctzll(chosen) / 8);
+        }
+    }
+};
+
+// All T tokens through some stages, each called as stage(t0, n, part, parts): a block of tokens by
+// one thread, or few tokens by all of them, each its part of the columns.
+enum { FEW = 16, BLOCK = 64 };
+static i64 block_size(i64 T, i64 threads) {
+    return T <= FEW ? FEW : std::clamp<i64>((T + threads - 1) / threads, FEW, BLOCK);
+}
+static void wait() {
+    #pragma omp barrier
+}
+template <class... Stages> static void run_stages(i64 T, i64 block, Stages... stages) {
+    if (T <= FEW) return ((stages(0, T, omp_get_thread_num(), omp_get_num_threads()), wait()), ...);
+    #pragma omp for schedule(dynamic)
+    for (i64 t0 = 0; t0 < T; t0 += block) (stages(t0, std::min(block, T - t0), 0, 1), ...);
+}
+
+// y (T, N) = x (T, K) @ m.T + bias
+extern "C" void linear8(const Matrix* m, const float* x, float* y, i64 T, i64 threads) {
+    const i64 block = block_size(T, threads), P = m->panels();
+    #pragma omp parallel num_threads(threads)
+    {
+        Worker my(block, m->K, 0, 0);
+        run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+            for (i64 t = 0; t < n; t++) my.x.set(t, x + (t0 + t) * m->K);
+            product(*m, my.x, my.ids.data(), n, P * part / parts, P * (part + 1) / parts,
+                    {y + t0 * m->N, m->N, false});
+        });
+    }
+}
+// y (T, D) += the FFN of x by the experts in mask (T, E); h: room for FEW tokens
+extern "C" void experts8(const Ffn* f, const float* x, const u8* mask, float* h, float* y, i64 T,
+                         i64 threads) {
+    const i64 D = f->in.K, H = f->in.N, E = f->E, block = block_size(T, threads);
+    #pragma omp parallel num_threads(threads)
+    {
+        Worker my(block, D, H, E);
+        Buffer own(T <= FEW ? 0 : block * H);
+        float* unit = T <= FEW ? h : own.p;
+        run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+            for (i64 t = 0; t < n; t++) my.x.set(t, x + (t0 + t) * D);
+            memcpy(my.mask.data(), mask + t0 * E, n * E);
+            my.hidden(*f, n, unit, part, parts);
+        }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+            my.output(*f, n, unit, y + t0 * D, part, parts);
+        });
+    }
+}
+
+// ------------------------------------------------------------------------- a whole model in int8
+
+struct Layer {
+    Matrix qkv, o, r1, r2; Ffn ffn;  // the router's two matrices, null where every expert runs
+    float tau, floor; i64 dynk;      // run s >= tau * max and s > floor, where s = |score|; else s >= tau
+    const float *scale1, *shift1, *scale2, *shift2;  // LayerNorms
+    float *k, *v; u8* mask;          // cache; room for the (T, E) that were chosen; or null
+};
+struct Model {
+    const Layer* layers; float *x, *h, *qkv; Attention a; i64 n_layer, T, H, W, R, E, pre_ln, only; float eps;
+};
+struct Pass {  // one thread's way through a layer
+    const Model& m; const Layer* l; i64 D; Worker my; Rows r; Buffer normed, router, score;
+    Pass(const Model& m, i64 n)
+        : m(m), D(m.a.heads * m.a.d), my(n, D, m.H, m.E), r(n, m.W), normed(n * D),
+          router(n * m.W), score(n * m.R) {}
+
+    void norm(float* y, const float* x, bool first) {
+        const float *scale = first ? l->scale1 : l->scale2, *shift = first ? l->shift1 : l->shift2;
+        float sum[8] = {}, square[8] = {}, mean = 0, variance = 0;
+        for (i64 i = 0; i < D; i += 8) *(v8u*)sum += *(v8u*)(x + i);
+        for (int i = 0; i < 8; i++) mean += sum[i] / D;
+        for (i64 i = 0; i < D; i += 8) {
+            v8f v = *(v8u*)(x + i) - mean;
+            *(v8u*)square += v * v;
+        }
+        for (int i = 0; i < 8; i++) variance += square[i] / D;
+        const float inverse = 1 / sqrtf(variance + m.eps);
+        for (i64 i = 0; i < D; i++) y[i] = (x[i] - mean) * inverse * scale[i] + shift[i];
+    }
+    // Of `only` those tokens alone that go on get a q
+    void qkv(i64 t0, i64 n, i64 part, i64 parts, bool only) {
+        const i64 P = l->qkv.panels(), from = P * part / parts, to = P * (part + 1) / parts;
+        const i64 q = only ? D / 8 : 0;
+        const Out out{m.qkv + t0 * 3 * D, 3 * D, false};
+        for (i64 t = 0; t < n; t++) {
+            const float* x = m.x + (t0 + t) * D;
+            if (m.pre_ln) norm(normed + t * D, x, true), x = normed + t * D;
+            my.x.set(t, x);
+        }
+        product(l->qkv, my.x, my.ids.data(), n, std::max(from, q), std::max(to, q), out);
+        i64 some = 0;
+        for (i64 b = 0; b < m.a.B && only; b++) {
+            const i64 t = (m.a.causal ? m.a.starts[b + 1] - 1 : m.a.starts[b]) - t0;
+            if (t >= 0 && t < n) my.rows[some++] = t;
+        }
+        product(l->qkv, my.x, my.rows.data(), some, std::min(from, q), std::min(to, q), out);
+    }
+    // x += attention's output projection
+    void project(i64 t0, i64 n, i64 part, i64 parts) {
+        const i64 P = l->o.panels();
+        for (i64 t = 0; t < n; t++) my.x.set(t, m.a.y + (t0 + t) * D);
+        product(l->o, my.x, my.ids.data(), n, P * part / parts, P * (part + 1) / parts,
+                {m.x + t0 * D, D, true});
+    }
+    // What the FFN reads, and which experts each token runs
+    void choose(i64 t0, i64 n, i64 part) {
+        for (i64 t = 0; t < n; t++) {
+            norm(normed + t * D, m.x + (t0 + t) * D, !m.pre_ln);
+            my.x.set(t, normed + t * D);
+        }
+        std::fill(my.mask.begin(), my.mask.end(), 1);
+        if (!l->r1.w) return;
+        const i64 W = l->r1.N, R = l->r2.N;
+        product(l->r1, my.x, my.ids.data(), n, 0, W / 8, {router, W, false});
+        for (i64 i = 0; i < n * W; i++) router[i] = router[i] < 0 ? 0 : router[i];
+        r.K = W;
+        for (i64 t = 0; t < n; t++) r.set(t, router + t * W);
+        product(l->r2, r, my.ids.data(), n, 0, l->r2.panels(), {score, R, false});
+        for (i64 t = 0; t < n; t++) {
+            float *__restrict s = score + t * R, most = 0;
+            u8* __restrict run = &my.mask[t * R];
+            for (i64 e = 0; e < R && l->dynk; e++) {
+                s[e] = fabsf(s[e]);
+                most = s[e] > most ? s[e] : most;
+            }
+            const float least = l->dynk ? l->tau * most : l->tau;
+            for (i64 e = 0; e < R; e++) run[e] = (s[e] >= least) & (s[e] > l->floor);
+        }
+        if (l->mask && part == 0) memcpy(l->mask + t0 * R, my.mask.data(), n * R);
+    }
+    // x (post-LN: what the FFN read) += the FFN
+    void output(i64 t0, i64 n, const float* h, i64 part, i64 parts) {
+        const i64 c0 = D / 8 * part / parts * 8, c1 = D / 8 * (part + 1) / parts * 8;
+        for (i64 t = 0; t < n && !m.pre_ln; t++)
+            memcpy(m.x + (t0 + t) * D + c0, normed + t * D + c0, (c1 - c0) * 4);
+        my.output(l->ffn, n, h, m.x + t0 * D, part, parts);
+    }
+};
+
+// x (T, D): embeddings -> last hidden states, or (B, D) where `only` one token of each goes on
+extern "C" void encode(const Model* model) {
+    const Model& m = *model;
+    const i64 D = m.a.heads * m.a.d, block = block_size(m.T, m.a.threads);
+    #pragma omp parallel num_threads(m.a.threads)
+    {
+        Room room(m.a.past + m.a.longest, m.a.d);
+        Buffer own(block * m.H);
+        Pass my(m, block);
+        i64 T = m.T;
+        for (i64 i = 0; i < m.n_layer; i++) {
+            const Layer& l = m.layers[i];
+            Attention a = m.a;
+            a.old_k = l.k, a.old_v = l.v, a.only = m.only && i == m.n_layer - 1;
+            my.l = &l;
+            run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                my.qkv(t0, n, part, parts, a.only);
+            });
+            #pragma omp for schedule(dynamic)
+            for (i64 item = 0; item < a.B * a.heads; item++) attend(a, item, room);
+            if (a.only) {
+                #pragma omp single
+                for (i64 b = 0; b < a.B; b++) {
+                    const i64 t = a.causal ? a.starts[b + 1] - 1 : a.starts[b];
+                    memmove(m.x + b * D, m.x + t * D, D * 4);
+                }
+                T = a.B;
+            }
+            float* h = T <= FEW ? m.h : own.p;
+            run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                my.project(t0, n, part, parts);
+            }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                my.choose(t0, n, part);
+                my.my.hidden(l.ffn, n, h, part, parts);
+            }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                my.output(t0, n, h, part, parts);
+            }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                for (i64 t = t0 + part; t < t0 + n && !m.pre_ln; t += parts)
+                    my.norm(m.x + t * D, m.x + t * D, false);
+            });
+        }
+    }
 }
 '''
 

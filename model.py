@@ -20,6 +20,7 @@ import os
 import re
 import tempfile
 import textwrap
+import weakref
 from dataclasses import asdict, dataclass, field
 from typing import Callable, NamedTuple, Optional
 
@@ -27,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import (ACTIVATIONS, Experts, LayerCache, Layout, attention, experts, linear,
-                    neuron_mask)
+from kernel import (ACTIVATIONS, Experts, LayerCache, Layout, attention, encode_int8, experts, int8,
+                    int8_layer, linear, neuron_mask, pad_to_8)
 from router import FLOOR, GRID, Router
 
 class BadInput(ValueError):
@@ -72,6 +73,14 @@ class Linear(nn.Linear):
     def forward(self, x, tap=None):
         return linear(x, self.weight, self.bias)
 
+def quantize(module, weight='weight', bias='bias'):
+    """A module's matrix (N, K) as Int8, with its bias, in their place."""
+    w, b = getattr(module, weight), getattr(module, bias, None)
+    for name, value in ((weight, int8(w, b)), (bias, None)):
+        module.__dict__.pop(name, None)
+        module._parameters.pop(name, None)
+        setattr(module, name, value)
+
 class MLP(nn.Module):
     """The FFN of every block, and what a replaced attention projection becomes."""
 
@@ -112,6 +121,18 @@ class MLP(nn.Module):
             p.copy_(p[order])
         self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
 
+    def quantize(self):
+        """Both matrices as Int8, every expert filled up to whole blocks with neurons that are 0."""
+        sizes = self.offsets.diff().tolist()
+        w_in, b_in, w_out = (torch.cat([pad_to_8(expert, 0) for expert in p.detach().split(sizes)])
+                             for p in (self.w_in, self.b_in, self.w_out))
+        matrices = int8(w_in, b_in), int8(w_out, self.b_out, by_column=True)
+        for name in ('w_in', 'b_in', 'w_out', 'b_out'):
+            delattr(self, name)
+        (self.w_in, self.w_out), self.b_in, self.b_out = matrices, None, None
+        ends = torch.tensor([-(-size // 8) * 8 for size in sizes]).cumsum(0)
+        self.offsets = F.pad(ends, (1, 0)).to(self.offsets)
+
 class Attention(nn.Module):
 
     def __init__(self, config):
@@ -123,11 +144,24 @@ class Attention(nn.Module):
             new = MLP(D, projection_width(D), 'relu') if replaced else Linear(D, D)
             setattr(self, name, new)
 
-    def forward(self, x, layout, cache=None, tap=None):          # (T, D) -> (T, D)
-        q, k, v = (project(x, tap).unflatten(-1, (self.n_head, -1))
-                   for project in (self.q, self.k, self.v))      # (T, n_head, d)
+    def forward(self, x, layout, cache=None, tap=None, rows=None):
+        """x (T, D) -> (T, D), or of `rows` alone: (B, D)."""
+        inputs = x if rows is None else x[rows], x, x
+        q, k, v = (project(t, tap).unflatten(-1, (self.n_head, -1))
+                   for project, t in zip((self.q, self.k, self.v), inputs))  # (T, n_head, d)
         y = attention(q, k, v, layout, cache, self.dropout if self.training else 0.0)
         return self.o(y.flatten(1), tap)
+
+    def quantize(self):
+        """q, k and v are parts of one matrix, so that one product can give all three."""
+        projections, D = (self.q, self.k, self.v), self.q.weight.shape[1]
+        self.qkv = int8(torch.cat([p.weight for p in projections]),
+                        torch.cat([p.bias for p in projections]))
+        for i, p in enumerate(projections):
+            quantize(p)
+            if D % 8 == 0:
+                p.weight = self.qkv.part(i * D, i * D + D)
+        quantize(self.o)
 
 class Block(nn.Module):
 
@@ -140,11 +174,13 @@ class Block(nn.Module):
         self.mlp = MLP(config.n_embd, config.n_hidden, config.activation)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, layout, cache=None, tap=None):
+    def forward(self, x, layout, cache=None, tap=None, rows=None):
+        """x (T, D) -> (T, D), or of `rows` alone, layout.heads(): (B, D)."""
+        y = self.attn(self.ln_1(x) if self.pre_ln else x, layout, cache, tap, rows)
+        x = (x if rows is None else x[rows]) + self.drop(y)
         if self.pre_ln:
-            x = x + self.drop(self.attn(self.ln_1(x), layout, cache, tap))
             return x + self.drop(self.mlp(self.ln_2(x), tap))
-        x = self.ln_1(x + self.drop(self.attn(x, layout, cache, tap)))
+        x = self.ln_1(x)
         return self.ln_2(x + self.drop(self.mlp(x, tap)))
 
 class Transformer(nn.Module):
@@ -156,6 +192,7 @@ class Transformer(nn.Module):
         assert c.activation in ACTIVATIONS, f'activation={c.activation} is not known'
         # what a checkpoint says of the data: tokenizer, names of the classes
         self.about = {}
+        self.dtype, self.decoder = 'fp32', None
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.wtt = nn.Embedding(c.n_types, c.n_embd) if c.n_types else None
@@ -223,12 +260,55 @@ class Transformer(nn.Module):
         for router in (mlp.router for mlp in self.mlps() if mlp.router is not None):
             router.rule, router.tau, router.floor, router.rho = rule, tau, floor, None
         self.config.rule, self.config.tau, self.config.floor = rule, tau, floor
+        FUSED.pop(self, None)
         return self
+
+    @torch.no_grad()
+    def quantize(self, dtype):
+        """For inference, in place: 'int8' for everything with a matrix but the embeddings
+        (kernel.Int8; activations are quantised on the fly), 'bf16' for all; 'fp32' changes nothing.
+        Such a model is neither trained nor saved. Returns it. ValueError if it cannot be."""
+        if dtype not in ('fp32', 'bf16', 'int8') or self.dtype not in ('fp32', dtype):
+            raise ValueError(f'dtype={dtype}: must be fp32, bf16 or int8, of a model in fp32')
+        if dtype == 'bf16':
+            self.bfloat16()
+        if dtype == 'int8' and self.dtype == 'fp32':
+            if self.config.router_loss == 'oracle':
+                raise ValueError('int8: an oracle needs the weights in fp32')
+            if self.config.head in ('lm', 'mlm'):
+                self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
+            for mlp in self.mlps():
+                mlp.quantize()
+                for i in '12' if mlp.router is not None else ():
+                    quantize(mlp.router.net, f'w{i}', f'b{i}')
+            for block in self.blocks if not self.config.projections else ():
+                block.attn.quantize()
+            for linear in self.modules():
+                if isinstance(linear, Linear) and hasattr(linear.weight, 'requires_grad'):
+                    quantize(linear)
+        self.dtype = dtype
+        return self.eval().requires_grad_(False)
+
+    def fused(self):
+        """The blocks as encode_int8 takes them: plain projections, and no router but the two-layer
+        ones by their own rule. None where the blocks have to run one operation at a time."""
+        c, plain = self.config, dict(norm='dynk', active='threshold')
+        if self not in FUSED:
+            blocks = all(w.w.dtype == torch.uint8 for w in (self.ffns()[0].w_in,))
+            routed = not c.rule or plain.get(c.router_loss) == c.rule
+            owned = any(n > 0 for n in c.n_outputs)
+            fits = blocks and routed and not owned and not c.projections
+            fits = fits and c.n_embd % 8 == 0 and c.router_width % 8 == 0
+            FUSED[self] = int8_layers(self) if fits else None
+        return FUSED[self]
 
     # ---- running
 
-    def encode(self, idx, attention_mask=None, token_type_ids=None, cache=None, tap=None):
-        """The last hidden states: idx (B, L) -> (B, L, D), zeros where attention_mask is 0.
+    def encode(self, idx, attention_mask=None, token_type_ids=None, cache=None, tap=None,
+               only=False):
+        """The last hidden states: idx (B, L) -> (B, L, D), zeros where attention_mask is 0; or,
+        with `only`, what a head reads: (B, D), of the first token (causal: the last). Then the last
+        block spends its q, o and FFN on that token alone.
 
         Activations are flat (T, D) between the embeddings and the end, without the padding: no
         expert, router or FLOP is spent on it. `cache` holds a LayerCache for each block; `tap`, a
@@ -239,35 +319,38 @@ class Transformer(nn.Module):
         if past + L > self.config.block_size:
             raise ValueError(f'{past + L} tokens do not fit into '
                              f'block_size={self.config.block_size}')
-        index = mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            index = attention_mask.reshape(-1).nonzero().squeeze(-1)
-            mask = attention_mask.bool()[:, None, None, :]       # (B, 1, 1, L)
-            if self.config.causal:
-                mask = mask & torch.ones(L, L, dtype=torch.bool, device=idx.device).tril()
-        layout = Layout(B, L, index, mask, self.config.causal)
+        layout = Layout.of(attention_mask, B, L, self.config.causal)
         x = self.wte(idx) + self.wpe(torch.arange(past, past + L, device=idx.device))   # (B, L, D)
         if self.wtt is not None:
             x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
         x = layout.pack(x)                                       # (T, D)
         x = self.drop(x if self.ln_e is None else self.ln_e(x))
-        for i, block in enumerate(self.blocks):
-            x = block(x, layout, cache[i] if cache else None, tap)
-        return layout.pad(x if self.ln_f is None else self.ln_f(x))
+        masks = tap is None or isinstance(tap, Masks)
+        if self.dtype == 'int8' and masks and self.fused() is not None:
+            c = self.config
+            x = encode_int8(x, self.fused(), layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap)
+        else:
+            rows = layout.heads().to(x.device) if only else None
+            for i, block in enumerate(self.blocks):
+                last = block is self.blocks[-1]
+                x = block(x, layout, cache[i] if cache else None, tap, rows if last else None)
+        x = x if self.ln_f is None else self.ln_f(x)
+        return x if only else layout.pad(x)
 
     def logits(self, h):
-        """The head: (..., D) -> (..., V) for lm and mlm; (B, L, D) -> (B, classes) for cls."""
+        """The head: (..., D) -> (..., V) for lm and mlm; (B, L, D) or (B, D) -> (B, classes)."""
+        decoder = self.wte.weight if self.decoder is None else self.decoder
         if self.config.head == 'cls':
-            h = h[:, 0]
+            h = h[:, 0] if h.dim() == 3 else h
             h = h if self.pooler is None else torch.tanh(self.pooler(h))
             return self.classifier(self.drop(h))
         if self.config.head == 'mlm':
             h = self.mlm['ln'](ACTIVATIONS[self.config.activation](self.mlm['dense'](h)))
-            return linear(h, self.wte.weight, self.mlm_bias)
-        return linear(h, self.wte.weight)
+            return linear(h, decoder, self.mlm_bias)
+        return linear(h, decoder)
 
-    def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None):
-        h = self.encode(idx, attention_mask, token_type_ids, tap=tap)
+    def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None, only=False):
+        h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
         return h if self.config.head is None else self.logits(h)
 
     def loss(self, batch, tap=None):
@@ -297,7 +380,7 @@ class Transformer(nn.Module):
                 cache = [LayerCache(block) for _ in self.blocks]
             else:
                 window = idx[:, -1:]
-            logits = self.logits(self.encode(window, cache=cache)[:, -1])               # (B, V)
+            logits = self.logits(self.encode(window, cache=cache, only=True))            # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -319,7 +402,7 @@ class Transformer(nn.Module):
         found, names = [], self.about.get('classes')
         for i in range(0, len(ids), batch_size):
             inputs = pad(ids[i:i + batch_size], self.wte.weight.device)
-            found += self(**inputs).argmax(-1).tolist()
+            found += self(**inputs, only=True).argmax(-1).tolist()
         return [names[i] for i in found] if names else found
 
     def flops(self, seq_len, rho=None):
@@ -344,6 +427,23 @@ class Transformer(nn.Module):
             out['head'] = 2 * D * c.vocab_size + (2 * D * D if c.head == 'mlm' else 0)
         out['total'] = sum(out.values())
         return out
+
+# Of each model in int8 its fused(): pointers, which a copy of the model must not share.
+FUSED = weakref.WeakKeyDictionary()
+
+def int8_layers(model):
+    layers, c = [], model.config
+    for block in model.blocks:
+        router, mlp = block.mlp.router, block.mlp
+        if c.rule == 'dynk':
+            router = router.net.w1, router.net.w2, True, c.tau, c.floor
+        elif c.rule == 'threshold':     # of a sigmoid
+            least = torch.logit(torch.tensor(c.tau, dtype=torch.float64)).item()
+            router = router.net.w1, router.net.w2, False, least, -math.inf
+        norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
+        layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, mlp.experts, norms,
+                                 router if c.rule else None))
+    return (type(layers[0]) * len(layers))(*layers)
 
 def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
@@ -437,6 +537,8 @@ def check_writable(path, make_folder=False):
 
 def save(model, path, **extra):
     """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
+    if model.dtype != 'fp32':
+        raise BadInput(f'{path}: a model in {model.dtype} is for inference; save it before')
     data = dict(config=asdict(model.config), model=model.state_dict(), data=model.about) | extra
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
@@ -478,10 +580,10 @@ def build(data, path='checkpoint'):
     model.about = data.get('data') or {}
     return model.eval().requires_grad_(False)
 
-def load(where, n_classes=0):
+def load(where, n_classes=0, dtype='fp32'):
     """A checkpoint, an exported folder, or a published GPT-2 or BERT (folder or name) ->
     Transformer in eval mode, without gradients. n_classes > 0 puts a fresh classification head on
-    a BERT, unless it has one of that size. BadInput says what does not fit."""
+    a BERT, unless it has one of that size. dtype: see Transformer.quantize. BadInput says what does not fit."""
     where = os.fspath(where)
     inside = os.path.join(where, 'd2dmoe.pt')                    # of what we exported
     path = inside if os.path.isfile(inside) else where
@@ -496,7 +598,7 @@ def load(where, n_classes=0):
         for name, n in dict(pooler=D, classifier=n_classes).items():
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
             state.setdefault(f'{name}.bias', torch.zeros(n))
-    return build(dict(config=config, model=state, data=data.get('data')), where)
+    return build(dict(config=config, model=state, data=data.get('data')), where).quantize(dtype)
 
 from_pretrained = load
 
