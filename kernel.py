@@ -65,8 +65,9 @@ def experts(x, mask, bundle, impl=None, rho=None):
     differ in the last bits; on a CPU they do not, whatever the number of threads.
     """
     if isinstance(bundle.w_in, Int8):
-        every = mask if mask is not None else x.new_ones(len(x), len(bundle.offsets) - 1, dtype=torch.bool)
-        return (triton_experts if x.is_cuda and triton else int8_experts)(x, every, bundle, rho)
+        if mask is None:
+            mask = torch.ones(len(x), len(bundle.offsets) - 1, dtype=torch.bool, device=x.device)
+        return (triton_experts if x.is_cuda and triton else int8_experts)(x, mask, bundle, rho)
     if mask is None:
         a = ACTIVATIONS[bundle.act](linear(x, bundle.w_in, bundle.b_in))  # (T, H)
         return linear(a, bundle.w_out.t(), bundle.b_out)
@@ -218,10 +219,11 @@ class Layout(NamedTuple):
     causal: bool
 
     @staticmethod
-    def of(keep, B, L, causal, device=None):
+    def of(keep, B, L, causal):
         """keep (B, L): 0 where padding is, or None."""
         if keep is None or bool(keep.all()):
-            return Layout(B, L, torch.arange(0, B * L + 1, L, dtype=torch.int32), None, None, causal)
+            starts = torch.arange(0, B * L + 1, L, dtype=torch.int32)
+            return Layout(B, L, starts, None, None, causal)
         index, mask = keep.reshape(-1).nonzero().squeeze(-1), keep.bool()[:, None, None, :]
         if causal:
             mask = mask & torch.ones(L, L, dtype=torch.bool, device=keep.device).tril()
@@ -237,7 +239,7 @@ class Layout(NamedTuple):
         x = x.reshape(self.B * self.L, *x.shape[2:])
         return x if self.index is None else x[self.index]
 
-    def heads(self):  # (B): the token of each sequence that a classifier reads, or a GPT goes on from
+    def heads(self):  # (B): of each sequence the token that a classifier reads, a GPT the last
         return (self.starts[1:] - 1 if self.causal else self.starts[:-1]).long()
 
 class LayerCache:
@@ -682,11 +684,10 @@ def int8(w, bias=None, by_column=False):
 def int8_linear(x, m):
     """x (..., K) -> (..., N) in fp32; x is quantised row by row."""
     flat = x.reshape(-1, x.shape[-1]).float()
-    y = flat.new_empty(len(flat), m.N)
     if m.w.dtype == torch.uint8:
-        flat = pad_to_8(flat).contiguous()
-        matrix = c_matrix(m)
-        library().linear8(ctypes.byref(matrix), *pointers(flat, y), *sizes(len(y), n_threads()))
+        flat, y = pad_to_8(flat).contiguous(), flat.new_empty(len(flat), m.N)
+        library().linear8(ctypes.byref(c_matrix(m)), *pointers(flat, y),
+                          *sizes(len(y), n_threads()))
     else:
         q, scale = whole_numbers(flat)
         y = F.linear(q, m.rows()) * (scale * m.scale)
@@ -739,10 +740,10 @@ def int8_layer(qkv, o, bundle, norms, router=None):
     return layer
 
 def c_attention(q, k, v, stride, y, layout, heads, d, cache=None, only=False):
-    """q, k, v: addresses of rows `stride` floats apart; y (T, D), the result."""
+    """q, k, v: addresses of rows `stride` floats apart; y: of the result's (T, D)."""
     past, size = (cache.n, cache.size) if cache is not None else (0, 0)
     old = (cache.k.data_ptr(), cache.v.data_ptr()) if cache is not None else (None, None)
-    return CAttention(q, k, v, y.data_ptr(), layout.starts.data_ptr(), *old, layout.B, heads,
+    return CAttention(q, k, v, y, layout.starts.data_ptr(), *old, layout.B, heads,
                       d, stride, layout.L, past, size, layout.causal, only, n_threads())
 
 def cpp_attention(q, k, v, layout, cache=None, only=False):
@@ -754,32 +755,46 @@ def cpp_attention(q, k, v, layout, cache=None, only=False):
     if only:
         q = torch.empty_like(k).index_copy_(0, layout.heads(), q)
     q, k, v = (t.contiguous() for t in (q, k, v))
-    call = c_attention(q.data_ptr(), k.data_ptr(), v.data_ptr(), heads * d, y, layout, heads, d, cache, only)
+    addresses = (t.data_ptr() for t in (q, k, v))
+    call = c_attention(*addresses, heads * d, y.data_ptr(), layout, heads, d, cache, only)
     library().attention(ctypes.byref(call))
     if cache is not None:
         cache.n += layout.L
     return y
 
-def encode_int8(x, layers, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
-    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place, or (B, D) where
-    of the last block only the first token of each sequence (causal: the last) is needed. layers:
-    an array of CLayer; masks: a list that receives each block's (T, E), or None."""
-    (T, D), E = x.shape, max(layer.ffn.E for layer in layers)
-    h, qkv, y = (x.new_empty(n) for n in (FEW * layers[0].ffn.w_in.N, 3 * T * D, T * D))
-    for i, layer in enumerate(layers):
+class Int8Blocks(NamedTuple):
+    """The blocks of a model as encode_int8 takes them, and the sizes of the room it needs."""
+    layers: ctypes.Array               # of CLayer
+    H: int
+    W: int                             # of the widest router
+    R: int
+    E: int
+
+    @staticmethod
+    def of(layers):
+        array = (CLayer * len(layers))(*layers)
+        return Int8Blocks(array, layers[0].ffn.w_in.N, *(max(8, *sizes) for sizes in zip(*(
+            (layer.router_1.N, layer.router_2.N, layer.ffn.E) for layer in layers))))
+
+def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
+    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; or (B, D), where
+    of the last block only the tokens layout.heads() are needed. masks: a list that receives each
+    block's (T, E), or None."""
+    (T, D), d = x.shape, x.shape[1] // n_head
+    for i, layer in enumerate(blocks.layers):
         layer.k = layer.v = layer.mask = None
-        if cache is not None:
-            cache[i].reserve(layout.B, n_head, D // n_head, x)
+        if cache:
+            cache[i].reserve(layout.B, n_head, d, x)
             layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
         if masks is not None:
             masks.append(torch.empty(T, layer.ffn.E, dtype=torch.bool))
             layer.mask = masks[-1].data_ptr()
-    at = qkv.data_ptr()
-    attention = c_attention(at, at + 4 * D, at + 8 * D, 3 * D, y, layout, n_head,
-                            D // n_head, cache[0] if cache else None, only)
-    model = CModel(ctypes.addressof(layers), x.data_ptr(), h.data_ptr(), at, attention, len(layers),
-                   T, layers[0].ffn.w_in.N, max(8, *(layer.router_1.N for layer in layers)),
-                   max(8, *(layer.router_2.N for layer in layers)), E, pre_ln, only, eps)
+    room = x.new_empty(4 * T * D + FEW * blocks.H)
+    q, y, h = (room.data_ptr() + 4 * n for n in (0, 3 * T * D, 4 * T * D))
+    attention = c_attention(q, q + 4 * D, q + 8 * D, 3 * D, y, layout, n_head, d,
+                            cache[0] if cache else None, only)
+    model = CModel(ctypes.addressof(blocks.layers), x.data_ptr(), h, q, attention,
+                   len(blocks.layers), T, *blocks[1:], pre_ln, only, eps)
     library().encode(ctypes.byref(model))
     for layer_cache in cache or ():
         layer_cache.n += layout.L
@@ -1524,7 +1539,7 @@ extern "C" void experts8(const Ffn* f, const float* x, const u8* mask, float* h,
 
 struct Layer {
     Matrix qkv, o, r1, r2; Ffn ffn;  // the router's two matrices, null where every expert runs
-    float tau, floor; i64 dynk;      // run s >= tau * max and s > floor, where s = |score|; else s >= tau
+    i64 dynk; float tau, floor;      // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
     const float *scale1, *shift1, *scale2, *shift2;  // LayerNorms
     float *k, *v; u8* mask;          // cache; room for the (T, E) that were chosen; or null
 };

@@ -28,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import (ACTIVATIONS, Experts, LayerCache, Layout, attention, encode_int8, experts, int8,
-                    int8_layer, linear, neuron_mask, pad_to_8)
+from kernel import (ACTIVATIONS, Experts, Int8Blocks, LayerCache, Layout, attention, encode_int8,
+                    experts, int8, int8_layer, linear, neuron_mask, pad_to_8)
 from router import FLOOR, GRID, Router
 
 class BadInput(ValueError):
@@ -294,12 +294,12 @@ class Transformer(nn.Module):
         ones by their own rule. None where the blocks have to run one operation at a time."""
         c, plain = self.config, dict(norm='dynk', active='threshold')
         if self not in FUSED:
-            blocks = all(w.w.dtype == torch.uint8 for w in (self.ffns()[0].w_in,))
+            blocks = self.ffns()[0].w_in.w.dtype == torch.uint8
             routed = not c.rule or plain.get(c.router_loss) == c.rule
             owned = any(n > 0 for n in c.n_outputs)
             fits = blocks and routed and not owned and not c.projections
             fits = fits and c.n_embd % 8 == 0 and c.router_width % 8 == 0
-            FUSED[self] = int8_layers(self) if fits else None
+            FUSED[self] = int8_blocks(self) if fits else None
         return FUSED[self]
 
     # ---- running
@@ -325,10 +325,10 @@ class Transformer(nn.Module):
             x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
         x = layout.pack(x)                                       # (T, D)
         x = self.drop(x if self.ln_e is None else self.ln_e(x))
-        masks = tap is None or isinstance(tap, Masks)
-        if self.dtype == 'int8' and masks and self.fused() is not None:
-            c = self.config
-            x = encode_int8(x, self.fused(), layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap)
+        c = self.config
+        fused = self.fused() if self.dtype == 'int8' else None
+        if fused is not None and (tap is None or isinstance(tap, Masks)):
+            x = encode_int8(x, fused, layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap)
         else:
             rows = layout.heads().to(x.device) if only else None
             for i, block in enumerate(self.blocks):
@@ -431,7 +431,7 @@ class Transformer(nn.Module):
 # Of each model in int8 its fused(): pointers, which a copy of the model must not share.
 FUSED = weakref.WeakKeyDictionary()
 
-def int8_layers(model):
+def int8_blocks(model):
     layers, c = [], model.config
     for block in model.blocks:
         router, mlp = block.mlp.router, block.mlp
@@ -443,7 +443,7 @@ def int8_layers(model):
         norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
         layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, mlp.experts, norms,
                                  router if c.rule else None))
-    return (type(layers[0]) * len(layers))(*layers)
+    return Int8Blocks.of(layers)
 
 def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
