@@ -949,6 +949,8 @@ def checkpoint_models(o):
     """The same of a checkpoint and the dense.pt beside it, with held-out texts of its data."""
     folder, data = os.path.dirname(o.checkpoint) or '.', read_checkpoint(o.checkpoint)
     dense, model = load(os.path.join(folder, 'dense.pt')), build(data, o.checkpoint)
+    if not model.config.router_loss or 'options' not in data:
+        raise BadInput(f'{o.checkpoint}: the suite takes what train.py --phase=router wrote')
     c, options = model.config, o.train.with_defaults(data['options'])
     if not c.rule or o.tau is not None:
         # what the sweep picked, if there was one
@@ -1119,6 +1121,8 @@ def run(o, shape=Shape()):
         raise BadInput('--impl=cpp needs a C++ compiler; the warning above says what failed')
     if o.impl == 'triton' and (kernel.triton is None or device == 'cpu'):
         raise BadInput('--impl=triton needs triton and a GPU; leave it out to use what is here')
+    if o.suite != 'engines' and (o.checkpoint or o.tau is not None):
+        raise BadInput('--checkpoint and its --tau are for --suite=engines')
     if o.plot:
         new_axes()
     for path in filter(None, (o.json, o.plot)):
