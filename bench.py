@@ -121,16 +121,28 @@ def entries(found, paths=()):
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
     a rule of their own run with top-k, too: it is the control. The oracle replaces the first
-    converted one's routers."""
+    converted one's routers. Dense in fp32 always comes first."""
     def job(e, kind=None, rule=None, tau=None):
         floor = o.floor if rule == 'dynk' else None
-        return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor)
+        return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
+                       dtype=o.dtype)
 
     jobs, routed = [job(e) for e in entries if not e.kind], [e for e in entries if e.kind]
-    for e, kind in [(e, e.kind) for e in routed] + [(e, 'oracle') for e in routed[:1]]:
+    if o.dtype != 'fp32':
+        jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
+    oracle = [(e, 'oracle') for e in routed[:1] if o.dtype == 'fp32']
+    for e, kind in [(e, e.kind) for e in routed] + oracle:
         for rule in dict.fromkeys([o.rule] if o.rule else [ROUTERS[kind].rule, 'topk']):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
     return jobs
+
+def quantised_jobs(entries, rows):
+    """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
+    wanted = [rows[0]] + [r for (kind, rule), r in picked(rows).items()
+                          if kind != 'oracle' and rule == ROUTERS[kind].rule]
+    names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor'
+    return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
+            for r in wanted for e in entries if e.hash == r['checkpoint']]
 
 def classification(predicted, labels):
     """Accuracy, and F1 averaged over the classes that occur: predicted and labels (n,)."""
@@ -210,6 +222,7 @@ def known_rows(old, entries, names):
         with contextlib.suppress(BadInput):
             here[checkpoint_hash(file)] = file
     here |= {e.hash: e.path for e in entries}
+    old = [dict(dtype='fp32') | r for r in old]                  # earlier files do not say it
     return {tuple(r[name] for name in names): r | dict(file=here[r['checkpoint']])
             for r in old if r['checkpoint'] in here}
 
@@ -226,41 +239,61 @@ def evaluate(entries, batches, o, settings, folder, device):
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
     results = dict(config=vars(o), data=about, machine=machine(), settings=settings, rows=[],
                    activity=old.get('activity'))
-    dense, loaded = build(entries[0].data, entries[0].path).to(device), None
-    try:
-        for e, what in jobs:
-            key, kind = tuple(what.values()), what['router_loss']
-            if key in found:
-                continue
-            if loaded != (e.hash, kind):
-                print(f'eval     {e.path}  {kind or ""}', flush=True)
-                model, loaded = build(e.data, e.path).to(device), (e.hash, kind)
-                if kind == 'oracle':
-                    model.add_routers('oracle', 0)
-            model.set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
-            row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
-            if kind == 'oracle':            # a ceiling: it costs nothing, and cannot be timed
-                row |= dict(ms_per_1k_tokens=None, speedup=None)
-            if e is entries[0]:             # dense against itself
-                row['speedup'] = 1.0
-            if e is entries[1]:             # texts come by length: one of the middle
-                tap = []
-                model.encode(**batches[len(batches) // 2][0], tap=tap)
-                results['activity'] = sparsity_statistics(tap)
-            method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
-            found[key] = dict(method=method, **what, **row, seed=options.get('seed'),
-                              split=options.get('split'), file=e.path)
-    finally:
-        rank = {(e.hash, what['router_loss']): i for i, (e, what) in enumerate(jobs)}
-        results['rows'] = rows = sorted(found.values(), key=lambda r: (
+    dense, loaded = build(entries[0].data, entries[0].path).to(device), {}
+
+    def measure(e, what):
+        """Its row, unless there is one; a checkpoint's model stays for the rows that follow."""
+        key, kind, of = tuple(what.values()), what['router_loss'], e.data['options']
+        if key in found:
+            return
+        if (e.hash, kind, what['dtype']) not in loaded:
+            print(f'eval     {e.path}  {kind or ""}  {what["dtype"]}', flush=True)
+            loaded.clear()
+            model = build(e.data, e.path).to(device)
+            if kind == 'oracle':
+                model.add_routers('oracle', 0)
+            loaded[e.hash, kind, what['dtype']] = model.quantize(what['dtype'])
+        model, phase = loaded[e.hash, kind, what['dtype']], e.data['phase']
+        model.set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
+        row = row_of(model, dense, batches)
+        if kind == 'oracle':                # a ceiling: it costs nothing, and cannot be timed
+            row |= dict(ms_per_1k_tokens=None, speedup=None)
+        if e is entries[0] and what['dtype'] == 'fp32':          # dense against itself
+            row['speedup'] = 1.0
+        if e is entries[1] and what['dtype'] == 'fp32':          # one of the middle lengths
+            tap = []
+            model.encode(**batches[len(batches) // 2][0], tap=tap)
+            results['activity'] = sparsity_statistics(tap)
+        method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
+        found[key] = dict(method=method, **what, **row, seed=of.get('seed'), split=of.get('split'),
+                          file=e.path)
+
+    mine, rank = {e.hash for e in entries}, {}
+    for e, what in jobs:
+        rank.setdefault((e.hash, what['router_loss']), len(rank))
+
+    def rows_so_far():
+        rows = sorted(found.values(), key=lambda r: (
             rank.get((r['checkpoint'], r['router_loss']), len(rank)), r['rule'] or '',
-            r['tau'] or 0))
+            r['tau'] or 0, r['dtype'] == 'int8'))
         for row in rows:
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
+        return rows
+
+    def reported(*dtypes):
+        return [r for i, r in enumerate(rows_so_far())
+                if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
+                and r['dtype'] in dtypes]
+    try:
+        for job in jobs:
+            measure(*job)
+        # what is deployed; on a GPU only the weights would be int8
+        for job in quantised_jobs(entries, reported('fp32')) if device == 'cpu' else ():
+            measure(*job)
+    finally:
+        results['rows'] = rows_so_far()
         write_json(path, results)
-    mine = {e.hash for e in entries}
-    report([r for r in rows if r['checkpoint'] in mine and r['floor'] in (None, o.floor)],
-           results['activity'], folder)
+    report(reported('fp32', o.dtype, 'int8'), reported(o.dtype), results['activity'], folder)
     return results
 
 # -------------------------------------------------------------------------------------- tables
@@ -274,10 +307,10 @@ COLUMNS = [('experts', 'experts', 9, '.1%'), ('FLOPs', 'flops', 8, '.1%'),
 def print_table(rows, columns=COLUMNS):
     """A line for each row; columns without a figure are left out, means have half their spread."""
     columns = [c for c in columns if any(r[c[1]] is not None for r in rows)]
-    print(f'{"method":8s}{"router":>8s}{"tau":>10s}'
+    print(f'{"method":8s}{"router":>8s}{"tau":>10s}{"dtype":>6s}'
           + ''.join(f'{title:>{width}}' for title, _, width, _ in columns))
     for r in rows:
-        line = f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{setting(r):>10s}'
+        line = f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{setting(r):>10s}{r["dtype"]:>6s}'
         for _, name, width, form in columns:
             text = '-' if r[name] is None else f'{r[name]:{form}}'
             if r.get(f'{name}_half') is not None:
@@ -294,13 +327,13 @@ def setting(r):
     usual = ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
-def report(rows, activity, folder):
-    """The table, what follows from it, and its picture."""
+def report(rows, curve_rows, activity, folder):
+    """The table, what follows from the rows of one precision, and their picture."""
     print()
     print_table(rows)
     print('\nzeros among the hidden activations of the sparse model, MLP by MLP: '
           + ' '.join(f'{zeros:.0%}' for zeros, *_ in activity))
-    choice, routed = picked(rows), curves(rows)
+    choice, routed = picked(curve_rows), curves(curve_rows)
     print(f'\ncheapest whose {rows[0]["metric"]} is within 1 % of dense, picked on one half of the '
           'held-out set, reported on the other:')
     if choice:
@@ -314,8 +347,14 @@ def report(rows, activity, folder):
         if gap:
             print(f'{name} {rule} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on '
                   f'average, {max(gap):+.2%} at worst, over {len(gap)} points')
+    for r in rows:
+        for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype'] and all(
+                f[name] == r[name] for name in ('checkpoint', 'router_loss', 'rule', 'tau'))):
+            metric, sign = r['metric'], -1 if r['metric'] == 'accuracy' else 1
+            print(f'{r["dtype"]} costs {r["method"]} {r["router_loss"] or ""} {setting(r)} '
+                  f'{sign * (r[metric] / same[metric] - 1):+.2%} of its {metric}')
     print(f'{os.path.join(folder, "results.json")} has every row'
-          + plot_rows(rows, os.path.join(folder, 'results.png')))
+          + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
 
 def curves(rows):
     """{(router, rule): its rows} of the routed ones."""
@@ -343,7 +382,7 @@ def flops_gap(curve, other):
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
-    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k')
+    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype')
     columns = [(title, name, 16, form) for title, name, _, form in COLUMNS
                if name in ('experts', 'flops', 'delta', 'speedup', 'accuracy')]
     groups, rows = {}, []

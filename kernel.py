@@ -779,14 +779,16 @@ class Int8Blocks(NamedTuple):
 def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
     """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; or (B, D), where
     of the last block only the tokens layout.heads() are needed. masks: a list that receives each
-    block's (T, E), or None."""
+    block's (T, E), None where it has no router."""
     (T, D), d = x.shape, x.shape[1] // n_head
     for i, layer in enumerate(blocks.layers):
         layer.k = layer.v = layer.mask = None
         if cache:
             cache[i].reserve(layout.B, n_head, d, x)
             layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
-        if masks is not None:
+        if masks is not None and layer.router_1.w is None:
+            masks.append(None)
+        elif masks is not None:
             masks.append(torch.empty(T, layer.ffn.E, dtype=torch.bool))
             layer.mask = masks[-1].data_ptr()
     room = x.new_empty(4 * T * D + FEW * blocks.H)

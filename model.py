@@ -419,8 +419,7 @@ class Transformer(nn.Module):
             part = 'mlp' if mlp in ffns else 'attention'
             out[part] += 4 * D * len(mlp.w_in) * share
             if rho is not None and mlp.router is not None:
-                matrices = (p for p in mlp.router.parameters() if p.dim() == 2)
-                out['router'] += 2 * sum(p.numel() for p in matrices)
+                out['router'] += 2 * mlp.router.size
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
         elif c.head:
