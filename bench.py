@@ -274,8 +274,8 @@ def evaluate(entries, batches, o, settings, folder, device):
 
     def rows_so_far():
         rows = sorted(found.values(), key=lambda r: (
-            rank.get((r['checkpoint'], r['router_loss']), len(rank)), r['rule'] or '',
-            r['tau'] or 0, r['dtype'] == 'int8'))
+            r['dtype'] != 'fp32', rank.get((r['checkpoint'], r['router_loss']), len(rank)),
+            r['rule'] or '', r['tau'] or 0))
         for row in rows:
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
         return rows

@@ -279,7 +279,8 @@ class Transformer(nn.Module):
                 self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
             for mlp in self.mlps():
                 mlp.quantize()
-                for i in '12' if mlp.router is not None else ():
+                # of other networks than the two-layer ones nothing is known
+                for i in '12' if mlp.router is not None and hasattr(mlp.router.net, 'w1') else ():
                     quantize(mlp.router.net, f'w{i}', f'b{i}')
             for block in self.blocks if not self.config.projections else ():
                 block.attn.quantize()
