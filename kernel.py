@@ -638,6 +638,9 @@ class Int8:
     def __len__(self):
         return self.N
 
+    def numel(self):
+        return self.N * self.K
+
     def part(self, a, b):
         """Rows a .. b, whole blocks, sharing memory."""
         unit = 8 if self.w.dtype == torch.uint8 else 1
@@ -658,11 +661,13 @@ def pointers(*tensors):
 def sizes(*numbers):
     return [ctypes.c_int64(n) for n in numbers]
 
+# Rows so small are zero: their numbers would be denormal. The C++ kernel has it, too.
+TINY = 1e-30
+
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
-    largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
-    return (x * inverse).round(), largest / 127
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > TINY, x / scale, 0).round(), scale
 
 def pad_to_8(t, dim=-1, value=0):
     short = -t.shape[dim] % 8
@@ -698,12 +703,12 @@ def int8_experts(x, mask, bundle, rho=None):
     """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
     w_in, w_out, act = bundle.w_in, bundle.w_out, bundle.act
     if w_in.w.dtype == torch.uint8:
-        flat, mask = x.float().contiguous(), mask.contiguous()
+        flat, mask = pad_to_8(x.float()).contiguous(), mask.contiguous()
         y = torch.zeros_like(flat)
         h, ffn = x.new_empty(FEW, w_in.N, dtype=torch.float32), c_ffn(bundle)
         library().experts8(ctypes.byref(ffn), *pointers(flat, mask, h, y),
                            *sizes(len(x), n_threads()))
-        return y.to(x.dtype)
+        return y[:, :x.shape[1]].to(x.dtype)
     a = ACTIVATIONS[act](int8_linear(x, w_in))
     a = a.masked_fill(~neuron_mask(mask, bundle.offsets, w_in.N), 0) * w_out.scale
     q, scale = whole_numbers(a)
@@ -786,11 +791,11 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
         if cache:
             cache[i].reserve(layout.B, n_head, d, x)
             layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
-        if masks is not None and layer.router_1.w is None:
-            masks.append(None)
-        elif masks is not None:
-            masks.append(torch.empty(T, layer.ffn.E, dtype=torch.bool))
-            layer.mask = masks[-1].data_ptr()
+        if masks is not None:
+            rows = layout.B if only and i == len(blocks.layers) - 1 else T
+            routed = torch.empty(rows, layer.ffn.E, dtype=torch.bool) if layer.router_1.w else None
+            masks.append(routed)
+            layer.mask = None if routed is None else routed.data_ptr()
     room = x.new_empty(4 * T * D + FEW * blocks.H)
     q, y, h = (room.data_ptr() + 4 * n for n in (0, 3 * T * D, 4 * T * D))
     attention = c_attention(q, q + 4 * D, q + 8 * D, 3 * D, y, layout, n_head, d,
@@ -1346,18 +1351,19 @@ struct Rows {  // n rows of K numbers, quantised
         int bits = 0;
         for (int i = 0; i < 8; i++) bits = std::max(bits, most[i]);
         float largest; memcpy(&largest, &bits, 4);
-        const bool finite = bits < 0x7f800000;
-        const float inverse = finite && bits ? 127 / largest : 0;
+        const float unit = largest / 127;
+        const bool finite = bits < 0x7f800000, some = finite && unit > 1e-30f;
         for (i64 i = 0; i < n; i++) {
             const i64 k = 8 * (list ? list[i] : i);
-            v8f v = *(v8u*)(x + k) * inverse + 12582912.0f;  // its low bits: to nearest, ties even
-            v8i whole = finite ? (v8i)v - 0x4b400000 : v8i{};
+            // Its low bits: to nearest, ties even. A product some CPUs would fuse with the sum.
+            v8f v = *(v8u*)(x + k) / unit + 12582912.0f;
+            v8i whole = some ? (v8i)v - 0x4b400000 : v8i{};
             *(v8b*)&q[t * K + k] = __builtin_convertvector(whole, v8b);
             total += whole;
         }
         sum[t] = 0;
         for (int i = 0; i < 8; i++) sum[t] += total[i];
-        scale[t] = finite ? largest / 127 : NAN;
+        scale[t] = finite ? unit : NAN;
     }
     void set(i64 t, const float* x) { set(t, x, nullptr, K / 8); }
 };
