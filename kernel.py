@@ -1425,7 +1425,7 @@ template <int NP>
 static void sparse(const Matrix& m, const Rows& x, int row, const int* list, i64 n, i64 p, i64 p1,
                    Out out) {
     for (; p + NP <= p1; p += NP) multiply<1, NP>(m, x, &row, list, n, p, out);
-    if constexpr (NP > 1) sparse<NP / 3>(m, x, row, list, n, p, p1, out);
+    if constexpr (NP > 1) sparse<(NP + 2) / 3>(m, x, row, list, n, p, p1, out);
 }
 struct Ffn {
     Matrix in, out; const float* fold;  // of w_out's rows: h is multiplied by it, out.scale is 1
