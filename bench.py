@@ -396,7 +396,8 @@ def print_seeds(results, path):
             row[f'{name}_half'] = (max(values) - min(values)) / 2 if values else None
         rows.append(row)
     print(f'\n{len(results)} seeds: mean and half of the spread (largest - smallest)')
-    print_table(rows, columns)
+    # seeds that picked another tau have other rows in int8
+    print_table([row for row in rows if row['seeds'] == len(results)], columns)
     seeds = [result['config']['seed'] for result in results]
     write_json(path, dict(machine=machine(), seeds=seeds, rows=rows))
     print(f'\n{path} has every row')

@@ -881,7 +881,10 @@ def test_end_to_end(finished, capsys):
     rows = rows_of(out)
     assert rows == results['rows'] and {'config', 'data', 'machine', 'activity'} <= results.keys()
     assert [r['method'] for r in rows[:2]] == ['dense', 'sparse'] and rows[0]['speedup'] > 0
-    kinds = {(r['router_loss'], r['rule']) for r in rows[2:]}
+    # at the end what is deployed: dense, and of each router the row that was picked
+    deployed = [r for r in rows if r['dtype'] == 'int8']
+    assert rows[-len(deployed):] == deployed and deployed[0]['method'] == 'dense'
+    kinds = {(r['router_loss'], r['rule']) for r in rows[2:-len(deployed)]}
     assert kinds == {('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'),
                      ('active', 'topk'), ('oracle', 'dynk'), ('oracle', 'topk')}
     for r in rows:
@@ -936,7 +939,8 @@ def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
         out=tmp_path)
     rows = json.load(open(tmp_path / 'seeds.json'))['rows']
-    assert [r['method'] for r in rows] == ['dense', 'sparse', 'd2dmoe', 'd2dmoe']
+    assert [r['method'] for r in rows if r['dtype'] == 'fp32'] == [
+        'dense', 'sparse', 'd2dmoe', 'd2dmoe']
     deltas = [rows_of(tmp_path / f's{seed}')[1]['delta'] for seed in (0, 1)]
     assert rows[1]['delta'] == pytest.approx(np.mean(deltas)) and rows[1]['seeds'] == 2
     assert rows[1]['delta_half'] == pytest.approx(abs(deltas[0] - deltas[1]) / 2)
@@ -1045,7 +1049,7 @@ def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     assert {r['router_loss'] for r in rows if r['file'] == paths[1]} == {'active'}
     # other settings start a table of their own, and keep the old one
     run('--phase=eval', '--eval_batches=3', '--tau=0.1', '--rule=dynk', out=spoiled)
-    assert len(rows_of(spoiled)) == 4 and len(list(spoiled.glob('results-*.json'))) == 1
+    assert len(rows_of(spoiled)) == 6 and len(list(spoiled.glob('results-*.json'))) == 1
 
 # ------------------------------------------------------------------- data
 
