@@ -517,7 +517,7 @@ NATIVE = [['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
 PID = os.getpid()
 
 class Job(ctypes.Structure):
-    """One call of the fp32 and bf16 kernel. This and what follows are structs of the source below."""
+    """One call of the fp32 and bf16 kernel: a struct of the source below, as those that follow."""
     pointers = 'x', 'mask', 'w_in', 'b_in', 'w_out', 'b_out', 'offsets', 'y'
     _fields_ = [*((name, ctypes.c_void_p) for name in pointers),
                 *((name, ctypes.c_int64) for name in 'TDE'),
@@ -733,8 +733,8 @@ def c_ffn(bundle):
                 list(ACTIVATIONS).index(bundle.act))
 
 def int8_layer(qkv, o, bundle, norms, router=None):
-    """A block for encode_int8: matrices as Int8, norms (two scales, two shifts), router (two matrices,
-    whether its rule is dynk, tau, floor); the caller keeps all of them alive."""
+    """A block for encode_int8: matrices as Int8; norms: scale and shift of both LayerNorms; router:
+    its two matrices, whether the rule is dynk, tau, floor. The caller keeps all of them alive."""
     layer = CLayer(qkv=c_matrix(qkv), o=c_matrix(o), ffn=c_ffn(bundle))
     names = 'scale_1', 'shift_1', 'scale_2', 'shift_2'
     for name, t in zip(names, norms):
@@ -782,9 +782,9 @@ class Int8Blocks(NamedTuple):
             (layer.router_1.N, layer.router_2.N, layer.ffn.E) for layer in layers))))
 
 def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
-    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; or (B, D), where
-    of the last block only the tokens layout.heads() are needed. masks: a list that receives each
-    block's (T, E), None where it has no router."""
+    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; with `only`
+    (B, D): the last block is needed for the tokens layout.heads() alone. masks: a list that
+    receives each block's (T, E), None where it has no router."""
     (T, D), d = x.shape, x.shape[1] // n_head
     for i, layer in enumerate(blocks.layers):
         layer.k = layer.v = layer.mask = None
@@ -1216,10 +1216,11 @@ static void attend(const Head& h, i64 n, i64 L, bool causal, Room& my) {
     }
 }
 
-// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where only
-// the first token (causal: the last) asks. The cache holds `past` tokens of each sequence.
+// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where
+// only the first token (causal: the last) asks. The cache, old_k and old_v (B, heads, size, d), holds
+// `past` tokens of each sequence.
 struct Attention {
-    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;  // (B, heads, size, d)
+    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;
     i64 B, heads, d, stride, longest, past, size, causal, only, threads;
 };
 static void attend(const Attention& a, i64 item, Room& room) {
@@ -1250,14 +1251,14 @@ extern "C" void attention(const Attention* a) {
 //
 // A row of x, or of a matrix, is largest / 127 times whole numbers -127 .. 127, so that
 //     y[t, n] = scale[t] * scale[n] * (whole number) + bias[n]
-// with the same whole numbers on every CPU and in any order. A matrix (N, K) is cut into blocks of 8
-// rows x 8 columns, 64 bytes. A stored weight is 128 more than it is, because the dot product of x86
-// wants unsigned bytes; 128 * (sum of the row of x) is subtracted at the end.
+// with the same whole numbers on every CPU and in any order. A matrix (N, K) is cut into blocks of
+// 8 rows x 8 columns, 64 bytes. A stored weight is 128 more than it is, because the dot product of
+// x86 wants unsigned bytes; 128 * (sum of the row of x) is subtracted at the end.
 //   multiply: all arithmetic there is. NT tokens x NP panels of 8 rows stay in registers along the
-//             columns: all of them (a linear, the head, an expert's hidden units), or a list of the
-//             blocks in which h is not zero (an FFN's output, after routing and ReLU).
-//   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for one
-//             another six times a layer. Many: they share out blocks of tokens, and wait around
+//             columns: all of them (a linear, the head, an expert's hidden units), or a list of
+//             the blocks in which h is not zero (an FFN's output, after routing and ReLU).
+//   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for
+//             one another six times a layer. Many: they share out blocks of tokens, and wait around
 //             attention only.
 typedef uint8_t u8;
 typedef int8_t s8;
@@ -1461,7 +1462,8 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
                 for (; j + LANES <= j1; j += LANES)
                     *(vu*)(unit + j) = activate(load(unit + j), f.act) * load(f.fold + j);
                 for (; j < j1; j += 8)
-                    *(v8u*)(unit + j) = activate((v8f)*(v8u*)(unit + j), f.act) * *(v8u*)(f.fold + j);
+                    *(v8u*)(unit + j) = activate((v8f)*(v8u*)(unit + j), f.act)
+                                        * *(v8u*)(f.fold + j);
             }
         }
     }
@@ -1552,7 +1554,8 @@ struct Layer {
     float *k, *v; u8* mask;          // cache; room for the (T, E) that were chosen; or null
 };
 struct Model {
-    const Layer* layers; float *x, *h, *qkv; Attention a; i64 n_layer, T, H, W, R, E, pre_ln, only; float eps;
+    const Layer* layers; float *x, *h, *qkv; Attention a;
+    i64 n_layer, T, H, W, R, E, pre_ln, only; float eps;
 };
 struct Pass {  // one thread's way through a layer
     const Model& m; const Layer* l; i64 D; Worker my; Rows r; Buffer normed, router, score;

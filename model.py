@@ -591,7 +591,8 @@ def build(data, path='checkpoint'):
 def load(where, n_classes=0, dtype='fp32'):
     """A checkpoint, an exported folder, or a published GPT-2 or BERT (folder or name) ->
     Transformer in eval mode, without gradients. n_classes > 0 puts a fresh classification head on
-    a BERT, unless it has one of that size. dtype: see Transformer.quantize. BadInput says what does not fit."""
+    a BERT, unless it has one of that size. dtype: see Transformer.quantize. BadInput says what does
+    not fit."""
     where = os.fspath(where)
     inside = os.path.join(where, 'd2dmoe.pt')                    # of what we exported
     path = inside if os.path.isfile(inside) else where
