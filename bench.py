@@ -471,13 +471,18 @@ class Shape(NamedTuple):
 def make_layers(shape, dtype, device):
     """[Experts] of random MLPs with one expert each, so many that no cache holds them."""
     H, D = shape.H, shape.D
+    one = torch.tensor([0, H], dtype=torch.int32, device=device)
 
     def make(*size):
-        return (torch.randn(*size, device=device) * 0.02).to(dtype)
-    n = math.ceil(shape.bytes / (2 * D * H * dtype.itemsize))
-    one = torch.tensor([0, H], dtype=torch.int32, device=device)
-    return [kernel.Experts(make(H, D), make(H), make(H, D), make(D), one, 'relu')
-            for _ in range(n)]
+        w = torch.randn(*size, device=device) * 0.02
+        return w if dtype == torch.int8 else w.to(dtype)
+
+    def mlp():
+        w_in, b_in, w_out, b_out = make(H, D), make(H), make(H, D), make(D)
+        if dtype == torch.int8:
+            w_in, w_out = kernel.int8(w_in, b_in), kernel.int8(w_out, b_out, by_column=True)
+        return kernel.Experts(w_in, b_in, w_out, b_out, one, 'relu')
+    return [mlp() for _ in range(math.ceil(shape.bytes / (2 * D * H * dtype.itemsize)))]
 
 def dense_mlp(x, w_in, b_in, w_out, b_out, linear=F.linear):
     return linear(F.relu(linear(x, w_in, b_in)), w_out, b_out)
@@ -491,6 +496,8 @@ def dense_jobs(layers, x):
     def wide(*weights):                     # without bf16 units, fp32 copies may be faster
         return [w.float() for w in weights]
 
+    if isinstance(layers[0].w_in, kernel.Int8):
+        return {'every expert': [partial(kernel.experts, x, None, m) for m in layers]}
     onednn, jobs = partial(dense_mlp, linear=kernel.onednn), {}
     plain = [(m.w_in, m.b_in, m.w_out.t(), m.b_out) for m in layers]
     ways = {'F.linear': (dense_mlp, None), 'compiled': (torch.compile(dense_mlp), None),
@@ -517,7 +524,7 @@ def layer_suite(o, device, shape):
     rows = []
     print('   T  size   rho  dtype     dense by             dense ms        ms  speedup '
           'with router  limit of limit')
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, *([torch.int8] if device == 'cpu' else ())):
         layers = make_layers(shape, dtype, device)
         # bytes a second that the device reads: the sum of a tensor that no cache holds
         big = torch.ones(128 << 20, device=device)
@@ -526,13 +533,15 @@ def layer_suite(o, device, shape):
             cases = [('layer', s, rho) for s in shape.sizes for rho in (0.1, 0.25, 0.5, 1.0)]
             if T == shape.tokens[0] and dtype == torch.float32:
                 cases += [('linearity', shape.sizes[0], i / 20) for i in (1, *range(2, 21, 2))]
-            x = torch.randn(T, shape.D, device=device).to(dtype)
-            rows += layer_rows(o, shape, layers, x, cases, roof)
+            x = torch.randn(T, shape.D, device=device)
+            x = x if dtype == torch.int8 else x.to(dtype)
+            rows += layer_rows(o, shape, layers, x, cases, roof, dtype)
         print(f'{str(dtype)[6:]}: peak {roof["peak"] / 1e9:.0f} GFLOP/s (the fastest dense), '
               f'{roof["bandwidth"] / 1e9:.0f} GB/s read\n', flush=True)
-    reached = [r['of_limit'] for r in rows if r['dtype'] == 'float32' and r['rho'] <= 0.5]
-    print(f'fp32, rho <= 0.5: median of_limit {statistics.median(reached):.2f}, '
-          f'lowest {min(reached):.2f}')
+    for dtype in sorted({r['dtype'] for r in rows}):
+        reached = [r['of_limit'] for r in rows if r['dtype'] == dtype and r['rho'] <= 0.5]
+        print(f'{dtype}, rho <= 0.5: median of_limit {statistics.median(reached):.2f}, '
+              f'lowest {min(reached):.2f}')
     line = [r for r in rows if r['suite'] == 'linearity']
     rho, times = [r['rho'] for r in line], [1 / r['speedup'] for r in line]
     slope, start = np.polyfit(rho, times, 1)
@@ -543,7 +552,7 @@ def layer_suite(o, device, shape):
           f'{slope:.3f} rho of dense, R^2 = {r2:.4f}')
     return rows
 
-def layer_rows(o, shape, layers, x, cases, roof):
+def layer_rows(o, shape, layers, x, cases, roof, dtype):
     """The rows of some tokens for cases (suite, s, rho), printed."""
     T, n, rows = len(x), max(1, min(len(layers), 768 // len(x))), []
     ways = dense_jobs(layers, x)
@@ -563,11 +572,12 @@ def layer_rows(o, shape, layers, x, cases, roof):
     dense[best], roof['peak'] = base, max(roof['peak'], flops / base)
     for suite, s, rho in cases:
         # the experts that any token wants, x and y
-        moved = 2 * shape.D * x.itemsize * (shape.H * (1 - (1 - rho) ** T) + T)
+        wanted = shape.H * (1 - (1 - rho) ** T)
+        moved = 2 * shape.D * (dtype.itemsize * wanted + x.itemsize * T)
         limit = base / max(flops * rho / roof['peak'], moved / roof['bandwidth'])
         seconds = times[suite, s, rho]
         row = dict(suite=suite, T=T, D=shape.D, H=shape.H, expert_size=s, rho=rho,
-                   dtype=str(x.dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
+                   dtype=str(dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
                    router_ms=1e3 * times[s], dense_ms={k: 1e3 * t for k, t in dense.items()},
                    speedup=base / seconds, speedup_with_router=base / (seconds + times[s]),
                    limit=limit, of_limit=base / seconds / limit)

@@ -638,6 +638,10 @@ class Int8:
     def __len__(self):
         return self.N
 
+    @property
+    def shape(self):
+        return self.N, self.K
+
     def numel(self):
         return self.N * self.K
 
@@ -1217,8 +1221,8 @@ static void attend(const Head& h, i64 n, i64 L, bool causal, Room& my) {
 }
 
 // q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where
-// only the first token (causal: the last) asks. The cache, old_k and old_v (B, heads, size, d), holds
-// `past` tokens of each sequence.
+// only the first token (causal: the last) asks. The cache (B, heads, size, d), old_k and old_v,
+// holds `past` tokens of each sequence.
 struct Attention {
     const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;
     i64 B, heads, d, stride, longest, past, size, causal, only, threads;
