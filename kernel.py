@@ -6,8 +6,10 @@
 
 where w_in[e] and w_out[e] are the rows offsets[e]:offsets[e+1] of two neuron-major (H, D) matrices.
 `experts` exists in plain torch (differentiable), in Triton (NVIDIA and AMD GPUs) and in C++ (CPUs:
-the source at the end of this file, built on first use in about 3 s, called through ctypes). All
+the source at the end of this file, built on first use in about 10 s, called through ctypes). All
 accumulate in fp32. Experts are summed, never weighted. A NaN in a row of x stays in that row.
+For inference weights may be Int8 (whole numbers, a scale a row; x is quantised row by row on the
+fly); on a CPU `encode_int8` runs all blocks of a model in one call, router and rule included.
 
     B batch · L sequence length · T tokens · D n_embd · H hidden neurons
     E experts · s neurons in an expert · rho share of neurons run
