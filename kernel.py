@@ -312,6 +312,11 @@ TILES = {
                  (16, 32, 64, 64, 4, 2)],
     ('hip', 4): [(128, 64, 32, 32, 8, 2), (64, 32, 32, 32, 4, 2), (16, 32, 32, 32, 4, 2)],
 }
+# 1 byte: int8 weights and x in half precision. To convert takes registers.
+for target in ('cuda:80', 'cuda:90'):
+    TILES[target, 1] = [(128, 128, 32, 32, 8, 3), *TILES[target, 2][1:]]
+TILES['hip', 1] = [(128, 128, 64, 16, 8, 2), (128, 64, 32, 32, 8, 2), (64, 32, 64, 16, 4, 2),
+                   (16, 32, 64, 64, 4, 2)]
 
 def jit(kernel):
     # a new number of tokens must not compile a new kernel
@@ -349,10 +354,10 @@ def dispatch_kernel(mask, idx, count, T, E, LEN,
     tl.store(idx + column[None, :].to(tl.int64) * LEN + rank, token, mask=run != 0)
 
 @jit
-def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN: tl.constexpr,
-                  ACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-                  CHUNK: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, SB: tl.constexpr,
-                  BK: tl.constexpr, BN: tl.constexpr):
+def expert_kernel(x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, LEN, D,
+                  EVEN: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+                  INTERPRET: tl.constexpr, CHUNK: tl.constexpr, BE: tl.constexpr,
+                  BM: tl.constexpr, SB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
     chunk = tl.program_id(1).to(tl.int64)
     x += chunk * CHUNK * D
     y += chunk * CHUNK * D
@@ -391,11 +396,17 @@ def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN:
             # The interpreter would multiply the bit patterns of bf16.
             if INTERPRET:
                 a, w = a.to(tl.float32), w.to(tl.float32)
-            h = tl.dot(a, w, h, input_precision=PRECISION)
+            h = tl.dot(a, w.to(a.dtype), h, input_precision=PRECISION)
+        if s_in is not None:
+            h *= tl.load(s_in + neuron)[None, :]
         if b_in is not None:
             h += tl.load(b_in + neuron).to(tl.float32)[None, :]
         h = tl.where(is_neuron[None, :], activate(h, ACT), 0.0)
-        hidden = h.to(w_out.dtype.element_ty)
+        if s_out is not None:
+            # or they would be loaded early, where every register is in use
+            tl.debug_barrier()
+            h *= tl.load(s_out + neuron)[None, :]
+        hidden = h.to(x.dtype.element_ty)
         if INTERPRET:
             hidden = hidden.to(tl.float32)
 
@@ -406,13 +417,13 @@ def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN:
                         mask=in_d[None, :], other=0)  # (SB, BN)
             if INTERPRET:
                 w = w.to(tl.float32)
-            out = tl.dot(hidden, w, input_precision=PRECISION)  # (BM, BN)
+            out = tl.dot(hidden, w.to(hidden.dtype), input_precision=PRECISION)  # (BM, BN)
             wanted = is_token[:, None] & in_d[None, :]
             tl.atomic_add(y + row[:, None] + d[None, :], out, mask=wanted, sem='relaxed')
 
 @jit
-def decode_kernel(x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT: tl.constexpr,
-                  BE: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr):
+def decode_kernel(x, mask, w_in, s_in, b_in, w_out, s_out, offsets, y, E, D,
+                  ACT: tl.constexpr, BE: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr):
     """A few tokens: a program is (token, NB neurons), whatever experts these belong to. All that
     counts is to ask for the weights at once, early and in small pieces; sums are plain fp32
     multiply-adds. Neurons that do not run are not read."""
@@ -433,9 +444,13 @@ def decode_kernel(x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT: tl.constexp
         w2 = tl.load(w_out + place, mask=needed, other=0)
         a = tl.load(x + t * D + d, mask=d < D, other=0)
         h = tl.sum(w1.to(tl.float32) * a.to(tl.float32)[None, :], 1)  # (NB)
+        if s_in is not None:
+            h *= tl.load(s_in + j, mask=runs, other=0)
         if b_in is not None:
             h += tl.load(b_in + j, mask=runs, other=0).to(tl.float32)
         h = tl.where(runs, activate(h, ACT), 0.0)
+        if s_out is not None:
+            h *= tl.load(s_out + j, mask=runs, other=0)
         out = tl.sum(w2.to(tl.float32) * h[:, None], 0)  # (BD)
         tl.atomic_add(y + t * D + d, out, mask=d < D, sem='relaxed')
 
@@ -466,10 +481,14 @@ def choose_tile(tiles, tokens, E, s, chunks, processors):
 
 def triton_experts(x, mask, bundle, rho=None):
     """`experts` on a GPU. Nothing here looks at the mask or the offsets: `rho` only sizes tiles and
-    grid, and any mask gives the right answer with any rho."""
+    grid, and any mask gives the right answer with any rho. Of an Int8 only the weights are whole
+    numbers, which a tile turns into x's dtype: a row's scale multiplies h, not the row."""
     (T, D), H, E = x.shape, len(bundle.w_in), mask.shape[1]
-    x, w_in, w_out = (t.contiguous() for t in (x, bundle.w_in, bundle.w_out))
-    b_in, b_out, offsets, act = bundle.b_in, bundle.b_out, bundle.offsets, bundle.act
+    w_in, b_in, w_out, b_out, offsets, act = bundle
+    s_in = s_out = None
+    if isinstance(w_in, Int8):
+        (w_in, s_in, b_in), (w_out, s_out, b_out) = ((m.w, m.scale, m.bias) for m in (w_in, w_out))
+    x, w_in, w_out = (t.contiguous() for t in (x, w_in, w_out))
     mask = mask.contiguous().view(torch.uint8)
     y = torch.empty(T, D, dtype=torch.float32, device=x.device)
     y.zero_() if b_out is None else y.copy_(b_out)
@@ -487,8 +506,8 @@ def triton_experts(x, mask, bundle, rho=None):
             BD = triton.next_power_of_2(D)
             NB, num_warps = max(1, 4096 // BD), min(16, max(4, BD // 1024))
             decode_kernel[T, triton.cdiv(H, NB)](
-                x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT=act, BE=BE, NB=NB, BD=BD,
-                num_warps=num_warps, **options)
+                x, mask, w_in, s_in, b_in, w_out, s_out, offsets, y, E, D, ACT=act, BE=BE, NB=NB,
+                BD=BD, num_warps=num_warps, **options)
             return y.to(x.dtype)
 
         CHUNK = max(128, 1 << (CHUNK_ELEMENTS // D).bit_length() - 1)
@@ -499,13 +518,14 @@ def triton_experts(x, mask, bundle, rho=None):
             mask, idx, count, T, E, length, CHUNK=CHUNK, BT=128, BE=32, **options)
 
         tokens, s = max(1, round(rho * min(T, CHUNK))), triton.cdiv(H, E)
-        tiles = TILES[target, x.element_size()]
+        half = x.element_size() == 2
+        tiles = TILES[target, w_in.element_size() if half else 4]
         tile, items = choose_tile(tiles, tokens, E, s, chunks, processors)
         BM, SB, BK, BN, num_warps, num_stages = tile
         # fp32 on NVIDIA is three tf32 products, as good and on tensor cores. AMD multiplies fp32.
         tf32 = x.dtype == torch.float32 and target != 'hip'
         expert_kernel[min(items, 8 * processors), chunks](
-            x, w_in, b_in, w_out, offsets, idx, count, y, E, length, D,
+            x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, length, D,
             EVEN=D % max(BK, BN) == 0, ACT=act, PRECISION='tf32x3' if tf32 else 'ieee',
             INTERPRET=INTERPRET, CHUNK=CHUNK, BE=BE, BM=BM, SB=SB, BK=BK, BN=BN,
             num_warps=num_warps, num_stages=num_stages, **options)
@@ -693,7 +713,10 @@ def int8(w, bias=None, by_column=False):
     return Int8(blocks, pad_to_8(scale), bias, N, K, by_column)
 
 def int8_linear(x, m):
-    """x (..., K) -> (..., N) in fp32; x is quantised row by row."""
+    """x (..., K) -> (..., N) in fp32; x is quantised row by row, but not on a GPU."""
+    if not x.is_cpu:
+        y = F.linear(x, m.w.to(x.dtype)) * m.scale
+        return y if m.bias is None else y + m.bias
     flat = x.reshape(-1, x.shape[-1]).float()
     if m.w.dtype == torch.uint8:
         flat, y = pad_to_8(flat).contiguous(), flat.new_empty(len(flat), m.N)

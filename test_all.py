@@ -63,6 +63,16 @@ def layer(T, sizes, D, rho=0.4, dtype=fp32, bias=True, act='relu', device='cpu')
         b_in = b_out = None
     return x, mask, kernel.Experts(w_in, b_in, w_out, b_out, offsets, act)
 
+def in_int8(bundle):
+    """The bundle as on a GPU, and what its whole numbers stand for."""
+    ms = []
+    for w, b in ((bundle.w_in, bundle.b_in), (bundle.w_out, bundle.b_out)):
+        q, scale = kernel.whole_numbers(w.float())
+        ms.append(kernel.Int8(q.to(torch.int8), scale[:, 0], b, *w.shape, False))
+    w_in, w_out = (m.rows().double() * m.scale[:, None] for m in ms)
+    return (bundle._replace(w_in=ms[0], b_in=None, w_out=ms[1], b_out=None),
+            bundle._replace(w_in=w_in, w_out=w_out))
+
 def near(y, want):
     error = (y.double() - want).norm() / want.norm().clamp(min=1e-9)
     return y.shape == want.shape and error < {fp32: 1e-5, fp16: 2e-3, bf16: 1e-2}[y.dtype]
@@ -188,6 +198,15 @@ def test_linear_is_linear():
             turned = w.T.contiguous().T
             assert torch.allclose(kernel.linear(x, turned), x @ w.T, atol=1e-4)
 
+def test_on_a_gpu_linear_quantises_weights_only():
+    class Away(torch.Tensor):
+        is_cpu = False
+    for dtype in (fp32, bf16):
+        x, _, bundle = layer(6, [40], 24, dtype=dtype)
+        whole, same = in_int8(bundle)
+        y = kernel.linear(x.as_subclass(Away), whole.w_in)
+        assert near(y, F.linear(x.double(), same.w_in, bundle.b_in.double())) and y.dtype == dtype
+
 @pytest.mark.parametrize('device, dtype, act, T, E, rho, want', [
     # 768 neurons in E experts
     ('cpu', fp32, 'relu', 300, 8, 1.0, 'cpp'), ('cpu', bf16, 'gelu', 16, 8, 1.0, 'cpp'),
@@ -224,6 +243,10 @@ if INTERPRET:
         for tile in {tile[:4]: tile for tiles in kernel.TILES.values() for tile in tiles}.values():
             monkeypatch.setitem(kernel.TILES, ('cuda:80', 4), [tile])
             check_experts(TRITON, *layer(90, [24, 150], 40))
+        for dtype, act, T in itertools.product((fp32, bf16, fp16), ACTS, (1, 90)):
+            x, mask, bundle = layer(T, [24, 0, 150], 40, 0.7, dtype, act != 'relu', act)
+            whole, same = in_int8(bundle)
+            assert near(TRITON(x, mask, whole), fp64(x, mask, same))
 
 @needs_triton
 def test_triton_in_the_interpreter():
@@ -287,12 +310,13 @@ def test_compiles_for_gpus(target, monkeypatch):
     for dtype, act, D in [(bf16, 'relu', 80), (bf16, 'gelu', 768), (bf16, 'gelu_tanh', 768),
                           (fp32, 'relu', 80), (fp32, 'gelu_tanh', 768)]:
         x, mask, bundle = layer(300, [2] * 128, D, dtype=dtype, act=act)
-        TRITON(x[:1], mask[:1], bundle)
-        key = target, dtype.itemsize
-        for tile in kernel.TILES[key]:
-            with monkeypatch.context() as patch:
-                patch.setitem(kernel.TILES, key, [tile])
-                TRITON(x, mask, bundle)
+        for bundle, size in ((bundle, dtype.itemsize), (in_int8(bundle)[0], 1)):
+            TRITON(x[:1], mask[:1], bundle)
+            key = target, 4 if dtype == fp32 else size
+            for tile in kernel.TILES[key]:
+                with monkeypatch.context() as patch:
+                    patch.setitem(kernel.TILES, key, [tile])
+                    TRITON(x, mask, bundle)
     assert {name for name, *_ in found} == {'decode_kernel', 'dispatch_kernel', 'expert_kernel'}
     for name, options, binary in {binary.hash: (name, options, binary)
                                   for name, options, binary in found}.values():
@@ -317,6 +341,8 @@ def test_gpu(dtype):
             # the second call as the first
             for _ in range(2):
                 check_experts(functools.partial(TRITON, rho=rho), *args)
+            whole, same = in_int8(args[2])
+            assert near(TRITON(*args[:2], whole, rho), fp64(*args[:2], same))
         check_experts(TRITON, *layer(T, [0, 1, 37, 0, 150, 5, 0], 50, 0.5, dtype, device='cuda'))
 
 @needs_gpu
