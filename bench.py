@@ -1,7 +1,8 @@
 """Measure: what a conversion costs in loss and saves in time, against the fastest dense model.
 
     python bench.py                             one MLP of GPT-2's size, routed against dense
-    python bench.py --suite=decode              a whole GPT-2; also model, peers
+    python bench.py --suite=decode              a whole GPT-2; also model, peers, engines
+    python bench.py --suite=engines --checkpoint=out/d2dmoe-active.pt   what people deploy
     python bench.py out/d2dmoe.pt other.pt      loss, FLOPs and time of any checkpoints
 
 Every speedup is a ratio of median times taken in turn within one run, against the fastest dense MLP
@@ -13,15 +14,20 @@ or the dense model.
 import argparse
 import contextlib
 import copy
+import importlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +38,9 @@ import torch.nn.functional as F
 
 import kernel
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
-                   cross_entropy, n_tokens, read_checkpoint, reason, write_atomically)
-from router import GRID, ROUTERS, Router
+                   cross_entropy, export_plain, load, n_tokens, pad, read_checkpoint, reason, save,
+                   transformers, write_atomically)
+from router import FLOOR, GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
 # -------------------------------------------------------------------------------------- measuring
@@ -467,6 +474,8 @@ class Shape(NamedTuple):
     n_layer: int = 12
     vocab_size: int = 50257
     prefill: tuple = (8, 512)
+    bert: tuple = (6, 384, 1536, 30522)     # MiniLM's layers, D, H and vocabulary
+    turn: float = 0.3                       # seconds that an engine runs before the next does
 
 def make_layers(shape, dtype, device):
     """[Experts] of random MLPs with one expert each, so many that no cache holds them."""
@@ -662,9 +671,479 @@ def grouped_mm(layers, x, s, chosen):
 
     return [partial(layer, m) for m in layers]
 
+# -------------------------------------------------------------------------------------- engines
+#
+# Whole programs: our models against what people deploy, at equal threads. Each engine has a
+# process of its own that loads it and then waits for its turns.
+
+NEW = 32                                    # tokens to decode
+
+class Job(NamedTuple):
+    """What a process runs."""
+    engine: str
+    variant: str                            # dense, converted, ...
+    dtype: str
+    only: tuple = (False,)                  # True: the last block for the head's token alone
+
+class Plain(torch.nn.Module):
+    """A model of transformers from what a graph takes to what it gives."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx, keep):           # (B, L) each
+        more = dict(use_cache=False) if self.model.config.model_type == 'gpt2' else {}
+        return self.model(idx, attention_mask=keep, **more).logits
+
+class Graph(Plain):
+    """Our dense model as engines may trace it: texts with padding; the last block spends q, o and
+    FFN on the token that the head reads; keys and values come in and go out."""
+
+    def forward(self, idx, keep, *cache):   # (B, L), (B, past + L), 2 a layer (B, heads, past, d)
+        m, c, new = self.model, self.model.config, []
+        past = cache[0].shape[2] if cache else 0
+        place = torch.arange(past, past + idx.shape[1])
+        x = m.wte(idx) + m.wpe(place)
+        x = x if m.ln_e is None else m.ln_e(x + m.wtt.weight[0])
+        mask = keep.bool()[:, None, None]
+        if c.causal:
+            mask = mask & (torch.arange(keep.shape[1]) <= place[:, None])
+        for i, block in enumerate(m.blocks):
+            head = slice(-1, None) if c.causal else slice(0, 1)
+            rows = head if i == c.n_layer - 1 else slice(None)
+            h, a = block.ln_1(x) if c.pre_ln else x, block.attn
+            q, k, v = (p(t).unflatten(-1, (c.n_head, -1)).transpose(1, 2)
+                       for p, t in ((a.q, h[:, rows]), (a.k, h), (a.v, h)))  # (B, heads, L, d)
+            if cache:
+                k, v = torch.cat([cache[2 * i], k], 2), torch.cat([cache[2 * i + 1], v], 2)
+                new += [k, v]
+            y = F.scaled_dot_product_attention(q, k, v, mask[:, :, rows])
+            x = x[:, rows] + a.o(y.transpose(1, 2).flatten(2))
+            if c.pre_ln:
+                x = x + block.mlp(block.ln_2(x))
+            else:
+                x = block.ln_1(x)
+                x = block.ln_2(x + block.mlp(x))
+        return m.logits((x if m.ln_f is None else m.ln_f(x))[:, 0]), *new
+
+def hf_model(folder, causal):
+    library = transformers()
+    kind = library.AutoModelForCausalLM if causal else library.AutoModelForSequenceClassification
+    return kind.from_pretrained(folder).eval().requires_grad_(False)
+
+def feed(c, inputs, only, past=0):
+    """{name: tensor} of what a graph takes; only a GPT's for the last token has a cache."""
+    idx, past = inputs['idx'], past if only and c.causal else 0
+    keep = inputs.get('attention_mask', torch.ones_like(idx)).long()
+    names = [f'{kind}{i}' for i in range(c.n_layer) for kind in 'kv'] if only and c.causal else []
+    return dict(idx=idx, keep=F.pad(keep, (past, 0), value=1)) | {
+        name: torch.zeros(len(idx), c.n_head, past, c.n_embd // c.n_head) for name in names}
+
+def export_graph(dense, plain, only, path):
+    """The ONNX file of transformers' own model, or with `only` of Graph."""
+    c = dense.config
+    given = feed(c, dict(idx=torch.ones(2, 8, dtype=torch.long)), only, past=3)
+    caches = [name for name in given if name not in ('idx', 'keep')]
+    axes = dict(idx={0: 'B', 1: 'L'}, keep={0: 'B', 1: 'all' if caches else 'L'},
+                logits={0: 'B', 1: 'L'} if c.causal and not only else {0: 'B'})
+    for name in caches:
+        axes |= {name: {0: 'B', 2: 'past'}, f'new_{name}': {0: 'B', 2: 'all'}}
+    module = Graph(dense) if only else Plain(hf_model(plain, c.causal))
+    torch.onnx.export(module, tuple(given.values()), path, input_names=list(given),
+                      output_names=['logits', *(f'new_{name}' for name in caches)],
+                      dynamic_axes=axes, opset_version=17, dynamo=False)
+
+def file_of(job):
+    """What its engine reads."""
+    kind = 'xml' if (job.engine, job.dtype) == ('openvino', 'int8') else 'onnx'
+    graph = f'{job.only[-1]:d}-{job.dtype.replace("bf16", "fp32")}.{kind}'
+    return dict(ours=f'{job.variant}.pt', onnxruntime=graph, openvino=graph,
+                ctranslate2=f'ctranslate2-{job.dtype}').get(job.engine, 'plain')
+
+def prepare(job, dense, folder, texts):
+    """Write what an engine reads, unless another already did."""
+    path, graph, plain = (os.path.join(folder, name) for name in (
+        file_of(job), file_of(job._replace(engine='onnxruntime', dtype='fp32')), 'plain'))
+    if job.engine != 'ours' and not os.path.exists(plain):
+        export_plain(dense, plain)
+    if job.engine in ('onnxruntime', 'openvino') and not os.path.exists(graph):
+        export_graph(dense, plain, job.only[-1], graph)
+    if job.engine == 'onnxruntime' and job.dtype == 'int8':
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+        quantize_dynamic(graph, path, weight_type=QuantType.QInt8)
+    if job.engine == 'openvino' and job.dtype == 'int8':
+        import nncf
+        import openvino
+        data = nncf.Dataset([{name: t.numpy() for name, t in feed(dense.config, x, job.only[-1])
+                              .items()} for x in texts])
+        quantized = nncf.quantize(openvino.Core().read_model(graph), data, subset_size=4,
+                                  model_type=nncf.ModelType.TRANSFORMER)
+        openvino.save_model(quantized, path, compress_to_fp16=False)
+    if job.engine == 'ctranslate2':
+        prepare_ctranslate2(job, dense.config, plain, path)
+
+def prepare_ctranslate2(job, c, plain, path):
+    """Its converter knows BERT without a head, an old field of the config, and asks for words."""
+    from ctranslate2.converters import TransformersConverter
+    from tokenizers import Tokenizer, models
+    model, source = hf_model(plain, c.causal), f'{path}-source'
+    model = model if c.causal else model.base_model
+    model.config.position_embedding_type = 'absolute'
+    model.save_pretrained(source)
+    words = models.WordLevel({str(i): i for i in range(c.vocab_size)}, unk_token='0')
+    transformers().PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), **dict.fromkeys(
+            ('unk_token', 'bos_token', 'eos_token'), '0')).save_pretrained(source)
+    TransformersConverter(source).convert(path, quantization=job.dtype.replace('fp', 'float'))
+
+# what loads an engine: -> forward(inputs, only) -> logits, decode(idx) or None, bytes of weights
+
+def load_ours(path, job, c):
+    m = load(path, dtype=job.dtype)
+    matrices = [value for module in m.modules() for value in vars(module).values()
+                if isinstance(value, kernel.Int8)]
+    tensors = [*m.parameters(), *m.buffers(),
+               *(t for x in matrices for t in (x.w, x.scale, x.bias))]
+    # parts of a matrix share its memory
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors if t is not None}
+
+    def forward(inputs, only=False, tap=None):
+        return m(**inputs, only=only, tap=tap)
+    forward.model = m
+    return forward, partial(m.generate, n=NEW, temperature=0), sum(storages.values())
+
+def load_transformers(path, job, c):
+    m = hf_model(path, c.causal)
+    plain, size = Plain(m), sum(p.nbytes for p in m.parameters())
+    if 'compiled' in job.engine:
+        m.forward = torch.compile(m.forward)
+
+    def decode(idx):
+        return m.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW,
+                          min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    return lambda x, only: plain(x['idx'], x.get('attention_mask')), decode, size
+
+def load_graph(path, job, c):
+    """onnxruntime or openvino."""
+    n, library = torch.get_num_threads(), importlib.import_module(job.engine)
+    if job.engine == 'onnxruntime':
+        settings = library.SessionOptions()
+        settings.intra_op_num_threads, settings.inter_op_num_threads = n, 1
+        run = partial(library.InferenceSession(path, settings, ['CPUExecutionProvider']).run, None)
+    else:
+        hints = dict(INFERENCE_NUM_THREADS=n, PERFORMANCE_HINT='LATENCY',
+                     INFERENCE_PRECISION_HINT='bf16' if job.dtype == 'bf16' else 'f32')
+        request = library.Core().compile_model(path, 'CPU', hints).create_infer_request()
+
+        def run(arrays):
+            return list(request.infer(arrays).values())
+
+    def forward(inputs, only):
+        return torch.from_numpy(run({k: t.numpy() for k, t in feed(c, inputs, only).items()})[0])
+
+    def decode(idx):
+        arrays = {k: t.numpy() for k, t in feed(c, dict(idx=idx), True).items()}
+        for _ in range(NEW):
+            logits, *cache = run(arrays)
+            keep = np.pad(arrays['keep'], ((0, 0), (0, 1)), constant_values=1)
+            arrays = dict(zip(arrays, [logits.argmax(-1)[:, None], keep, *cache]))
+    return (forward, decode if c.causal and job.only[-1] else None,
+            os.path.getsize(path.replace('.xml', '.bin')))
+
+def load_ctranslate2(path, job, c):
+    import ctranslate2
+    kind = ctranslate2.Generator if c.causal else ctranslate2.Encoder
+    m = kind(path, compute_type=job.dtype.replace('fp', 'float'),
+             intra_threads=torch.get_num_threads())
+    head = read_checkpoint(os.path.join(os.path.dirname(path), 'dense.pt'))['model']
+
+    def forward(inputs, only):
+        idx = inputs['idx']
+        keep = inputs.get('attention_mask', torch.ones_like(idx, dtype=torch.bool))
+        out = m.forward_batch([row[k].tolist() for row, k in zip(idx, keep)])
+        if c.causal:
+            return torch.from_numpy(np.array(out))
+        pooled = torch.from_numpy(np.array(out.pooler_output))
+        return F.linear(pooled, head['classifier.weight'], head['classifier.bias'])
+
+    def decode(idx):
+        return m.generate_batch([[str(i) for i in row] for row in idx.tolist()], sampling_topk=1,
+                                max_length=NEW, min_length=NEW, include_prompt_in_result=False)
+    return forward, decode, os.path.getsize(os.path.join(path, 'model.bin'))
+
+# name: what loads it, dtypes, what `only` its processes run, what has to be installed
+BOTH = (False,), (True,)
+ENGINES = {
+    'ours': (load_ours, ('fp32', 'bf16', 'int8'), ((False, True),), ()),
+    'transformers': (load_transformers, ('fp32',), BOTH[:1], ('transformers',)),
+    'transformers compiled': (load_transformers, ('fp32',), BOTH[:1], ('transformers',)),
+    'onnxruntime': (load_graph, ('fp32', 'int8'), BOTH,
+                    ('transformers', 'onnx', 'onnxscript', 'onnxruntime')),
+    'openvino': (load_graph, ('fp32', 'bf16', 'int8'), BOTH,
+                 ('transformers', 'onnx', 'onnxscript', 'openvino', 'nncf')),
+    'ctranslate2': (load_ctranslate2, ('fp32', 'int8'), BOTH[:1], ('transformers', 'ctranslate2'))}
+
+def peak_memory():
+    """Of this process, in bytes; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return 1024 * int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])
+    return 0
+
+def engine_worker(pipe, folder, job, threads):
+    """The process of an engine: says what it can do, then takes its turns."""
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    torch.set_num_threads(threads)
+    warnings.simplefilter('ignore')
+    tasks, held_out = torch.load(os.path.join(folder, 'texts.pt'))
+    c = Config(**read_checkpoint(os.path.join(folder, 'dense.pt'))['config'])
+    pipe.send(None)                         # imports are done
+    pipe.recv()
+    try:
+        with torch.inference_mode():
+            if job.engine != 'ours':
+                importlib.import_module(job.engine.split()[0])
+            # torch, which every process has for its tensors, and the engine's code do not count
+            before, calls = peak_memory(), {}
+            path = os.path.join(folder, file_of(job))
+            forward, decode, size = ENGINES[job.engine][0](path, job, c)
+            for only, (i, (task, _, texts)) in itertools.product(job.only, enumerate(tasks)):
+                if task != 'decode':
+                    calls[i, only] = [partial(forward, x, only) for x in texts]
+                elif decode is not None and only == job.only[-1]:
+                    calls[i, only] = [partial(decode, texts[0]['idx'])]
+            for call in sum(calls.values(), []) * 2:
+                call()
+            pipe.send(dict(size=size, keys=list(calls), quality=quality_of(forward, job, held_out),
+                           experts=[share_run(forward, texts[0]) for _, _, texts in tasks]))
+            while True:
+                key, most = pipe.recv()
+                pipe.send((turn(calls[key], most), peak_memory() - before))
+    except Exception as error:              # each engine has exceptions of its own
+        pipe.send(reason(error))
+
+def turn(calls, most):
+    """Seconds of each run of all calls; the first warms up, unless it takes as long as `most`."""
+    seconds, end = [], time.perf_counter() + most
+    while not seconds or time.perf_counter() < end:
+        seconds.append(timed(*calls)[1])
+    return seconds[1:] or seconds
+
+def share_run(forward, inputs):
+    """The share of neurons that our model runs on these texts; None of another's."""
+    model, masks = getattr(forward, 'model', None), Masks()
+    if model is None or not model.config.rule:
+        return None if model is None else 1.0
+    forward(inputs, tap=masks)
+    sizes = [mlp.offsets.diff() / mlp.offsets[-1] for mlp in model.mlps()]
+    return statistics.mean((mask.float().mean(0) @ s).item() for mask, s in zip(masks, sizes))
+
+def quality_of(forward, job, held_out):
+    """{only: accuracy on texts, or loss on windows, which takes the logits of all tokens}."""
+    causal, out = bool(held_out) and held_out[0][1].dim() == 2, {}
+    score = cross_entropy if causal else lambda z, y: (z.argmax(-1) == y).float().mean()
+    for only in job.only if held_out else ():
+        if not (causal and only):
+            scores = [score(forward(inputs, only), y).item() for inputs, y in held_out]
+            out[only] = float(np.average(scores, weights=[len(y) for _, y in held_out]))
+    return out
+
+def aimed(dense, s, rho, texts, width):
+    """A copy in experts of s, whose random routers run each for a share rho of the tokens."""
+    model, tap = copy.deepcopy(dense), []
+    H, mlps = dense.config.n_hidden, model.mlps()
+    for mlp in mlps:
+        mlp.sort_neurons(torch.arange(H), torch.arange(0, H + 1, s))
+    model.config.n_experts = [H // s] * len(mlps)
+    model.add_routers('active', width)
+    for inputs in texts:
+        model.encode(**inputs, tap=tap)
+    for i, mlp in enumerate(mlps):
+        x, net = torch.cat([t['x'] for t in tap[i::len(mlps)]]), mlp.router.net
+        net.b2.copy_(-net.logits(x).quantile(1 - rho, dim=0))
+    return model.set_rule('threshold', 0.5)
+
+def random_models(shape):
+    """(name, {variant: model}, tasks, held-out texts: none) of a BERT and a GPT-2."""
+    n, D, H, V = shape.bert
+    bert = Config(n_layer=n, n_head=12, n_embd=D, n_hidden=H, vocab_size=V, block_size=512,
+                  causal=False, pre_ln=False, n_types=2, head='cls', pooler=True, n_classes=45)
+    gpt = Config(n_layer=shape.n_layer, n_head=12, n_embd=shape.D, n_hidden=shape.H,
+                 vocab_size=shape.vocab_size, block_size=1024)
+    # as long as WordNet's glosses
+    lengths = np.clip(6 + np.random.default_rng(0).exponential(8, 128), 6, 45).astype(int)
+    texts = [torch.randint(0, V, (length,)) for length in sorted(lengths)]
+    texts = [pad(texts[i:i + 32]) for i in range(0, 128, 32)]
+    tokens = torch.randint(0, shape.vocab_size, (1, shape.prefill[1]))
+    for name, config, s, shares, width, tasks in (
+            ('BERT', bert, 8, (0.18, 0.1), 64, text_tasks(texts)),
+            ('GPT-2', gpt, shape.sizes[0], (0.1,), 128, token_tasks(tokens))):
+        dense = Transformer(config).eval().requires_grad_(False)
+        yield f'{name}, {config.n_layer} x {config.n_embd}', dict(dense=dense) | {
+            f'converted, {rho:g}': aimed(dense, s, rho, tasks[0][2], width) for rho in shares}, \
+            tasks, []
+
+def text_tasks(texts):
+    """(task, batch, inputs): all of them, and one of about 6 tokens alone."""
+    single = [idx[keep] for x in texts for idx, keep in zip(x['idx'], x['attention_mask'])]
+    one = min(single, key=lambda t: abs(len(t) - 6))
+    return [('encode', 32, texts), ('encode', 1, [dict(idx=one[None])])]
+
+def token_tasks(tokens):
+    prompt = tokens[:, :max(1, min(16, tokens.shape[1] - NEW))]
+    return [('prefill', 1, [dict(idx=tokens)]), ('decode', 1, [dict(idx=prompt)])]
+
+def checkpoint_models(o):
+    """The same of a checkpoint and the dense.pt beside it, with held-out texts of its data."""
+    folder, data = os.path.dirname(o.checkpoint) or '.', read_checkpoint(o.checkpoint)
+    dense, model = load(os.path.join(folder, 'dense.pt')), build(data, o.checkpoint)
+    c, options = model.config, o.train.with_defaults(data['options'])
+    if not c.rule or o.tau is not None:
+        # what the sweep picked, if there was one
+        usual, rows = ROUTERS[c.router_loss].rule, read_results(folder).get('rows')
+        found = picked(rows).get((c.router_loss, usual)) if rows else None
+        tau = o.tau if o.tau is not None else found['tau'] if found else 0.1
+        model.set_rule(c.rule or usual, tau, FLOOR)
+    options.batch_size, options.eval_batches = (8, 8) if c.causal else (32, 64)
+    held_out = o.train.held_out(o.train.open_corpus(options, folder), options, 'cpu')
+    some = [inputs for inputs, _ in held_out[len(held_out) // 8::max(1, len(held_out) // 4)]][:4]
+    tasks = token_tasks(some[0]['idx'][:1, :512]) if c.causal else text_tasks(some)
+    name = f'{o.checkpoint}, {c.rule} {c.tau:g}'
+    return [(name, dict(dense=dense, converted=model), tasks, held_out)]
+
+def engines_suite(o, device, shape):
+    """Ours, dense and converted, and other engines on the dense one."""
+    rows, here = [], {}
+    for engine, about in ENGINES.items():
+        missing = [name for name in about[3] if importlib.util.find_spec(name) is None]
+        if missing:
+            print(f'{engine} is left out: pip install {" ".join(missing)}')
+        else:
+            here[engine] = about
+    with torch.inference_mode(False), torch.no_grad():
+        for name, models, tasks, held_out in (checkpoint_models(o) if o.checkpoint
+                                              else random_models(shape)):
+            jobs = [Job(engine, variant, dtype, only)
+                    for engine, (_, dtypes, ways, _) in here.items() for dtype in dtypes
+                    for variant in (models if engine == 'ours' else ['dense']) for only in ways]
+            with tempfile.TemporaryDirectory() as folder:
+                for variant, model in models.items():
+                    save(model, os.path.join(folder, f'{variant}.pt'))
+                torch.save((tasks, held_out), os.path.join(folder, 'texts.pt'))
+                found = engine_times(jobs, models['dense'], tasks, folder, shape.turn)
+            rows += engine_rows(name, found, tasks, models['dense'].config.causal)
+    return rows
+
+def start_worker(job, dense, folder, texts):
+    """-> its process and our end of the pipe to it."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        prepare(job, dense, folder, texts)
+    spawn = multiprocessing.get_context('spawn')
+    pipe, other = spawn.Pipe()
+    process = spawn.Process(target=engine_worker, daemon=True,
+                            args=(other, folder, job, torch.get_num_threads()))
+    process.start()
+    other.close()
+    return process, pipe
+
+def ask(worker, message):
+    """The answer of a process; RuntimeError says why there is none."""
+    worker[1].send(message)
+    answer = worker[1].recv()
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer
+
+def engine_times(jobs, dense, tasks, folder, turn, rounds=3):
+    """{job: what its process says, and seconds: {(task, only): [of each run]}}. All processes are
+    there from the beginning and take turns."""
+    workers, found = {}, {}
+    # seconds a job expects of: writing its files, loading and warming up, all its turns
+    work, done, began = len(jobs) * (2 + 6 + 2 * rounds), 0, time.time()
+
+    def attempt(job, what, seconds, f, *args):
+        """f(), or None, and the job is left out."""
+        nonlocal done
+        answer, done = None, done + seconds
+        try:
+            answer = f(*args)
+        except Exception as error:          # each engine has exceptions of its own
+            found.pop(job, None)
+            what = f'left out ({reason(error)})'
+        left = (time.time() - began) * (work / done - 1)
+        print(f'{job.engine} {job.variant} {job.dtype}: {what}, {clock(left)} left', flush=True)
+        return answer
+
+    def take_turn(job):
+        for key, seconds in found[job]['seconds'].items():
+            time.sleep(turn / 2)            # threads of the one before may still spin
+            times, found[job]['peak'] = ask(workers[job], (key, turn))
+            seconds += times
+
+    for job in jobs:
+        workers[job] = attempt(job, 'written', 2, start_worker, job, dense, folder,
+                               (tasks[0][2] * 4)[:4])
+    workers = {job: worker for job, worker in workers.items() if worker}
+    for _, pipe in workers.values():        # imports disturb
+        pipe.poll(60) and pipe.recv()
+    for job, worker in workers.items():
+        answer = attempt(job, 'ready', 6, ask, worker, 'go')
+        if answer:
+            found[job] = answer | dict(seconds={key: [] for key in answer['keys']})
+    for i, job in itertools.product(range(rounds), list(found)):
+        if job in found:
+            attempt(job, f'round {i + 1}', 2, take_turn, job)
+    for process, _ in workers.values():
+        process.terminate()
+    return found
+
+def engine_rows(name, found, tasks, causal):
+    """The rows of a model, and its table: a line for each program."""
+    head, rows = 'last token' if causal else 'first token', []
+    for job, answer in found.items():
+        for (i, only), seconds in answer['seconds'].items():
+            task, batch, texts = tasks[i]
+            n = NEW if task == 'decode' else sum(
+                x['idx'].numel() if causal else len(x['idx']) for x in texts)
+            # a GPT's loss takes the logits of all tokens: it is that of the same weights
+            quality = [a['quality'].get(only and not causal) for j, a in found.items()
+                       if j[:3] == job[:3] and (only and not causal) in a['quality']]
+            t = statistics.median(seconds)
+            rows.append(dict(
+                suite='engines', model=name, engine=job.engine, dtype=job.dtype, batch=batch,
+                variant=job.variant + f', {head}' * only, task=task, ms=1e3 * t, per_s=n / t,
+                quality=quality[0] if quality else None, weight_bytes=answer['size'],
+                experts=answer['experts'][i], peak_bytes=answer['peak'],
+                threads=torch.get_num_threads()))
+    base = {}
+    for r in rows:
+        if r['engine'] == 'ours' and r['dtype'] == 'fp32' and r['variant'].startswith('dense'):
+            base.setdefault((r['task'], r['batch']), r['ms'])
+    for r in rows:
+        r['speedup'] = base[r['task'], r['batch']] / r['ms']
+    titles = ''.join(f'{f"{task} x {batch}, ms":>16}  speedup' for task, batch in base)
+    print(f'\n{name}\n{"engine":22s}{"variant":29s}{"dtype":6s}{titles}   experts   quality'
+          '  weights MB  peak MB')
+    for program, group in itertools.groupby(
+            rows, lambda r: (r['engine'], r['variant'], r['dtype'])):
+        r, *others = group
+        cells = {(x['task'], x['batch']): f'{x["ms"]:.2f}{x["speedup"]:9.2f}'
+                 for x in (r, *others)}
+        share, quality = ('-' if r[key] is None else f'{r[key]:.3f}'
+                          for key in ('experts', 'quality'))
+        print('{:22s}{:29s}{:6s}'.format(*program)
+              + ''.join(f'{cells.get(key, "-"):>25s}' for key in base) + f'{share:>10s}'
+              f'{quality:>10s}{r["weight_bytes"] / 1e6:12.0f}{r["peak_bytes"] / 1e6:9.0f}')
+    print(flush=True)
+    return rows
+
 # -------------------------------------------------------------------------------------- command
 
-SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=peers_suite)
+SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=peers_suite,
+              engines=engines_suite)
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -675,6 +1154,9 @@ def options():
     add('--suite', choices=SUITES, default='layer')
     add('--impl', choices=('cpp', 'triton', 'torch', 'dense'),
         help='force an implementation (suites layer and peers)')
+    add('--checkpoint', metavar='FILE.pt', help='of a converted model, for the suite engines; '
+        'dense.pt is beside it')
+    add('--tau', type=float, help='of a --checkpoint that was saved without a rule')
     add('--json', metavar='FILE', help='write a JSON line for each row')
     add('--plot', metavar='FILE.png', help='draw the layer suite')
     return parser
@@ -704,6 +1186,7 @@ def run(o, shape=Shape()):
 if __name__ == '__main__':
     import train
     o = options().parse_args()
+    o.train = train
     if o.checkpoints and len(sys.argv) > 1 + len(o.checkpoints):
         options().error('checkpoints are measured without the options of a suite')
     train.guarded(lambda: train.evaluation({}, o.checkpoints) if o.checkpoints else run(o))

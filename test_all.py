@@ -1291,7 +1291,7 @@ def test_refusals(job, says, tmp_path):
 
 # -------------------------------------------------------------------------------------- bench
 
-@pytest.mark.parametrize('suite', bench.SUITES)
+@pytest.mark.parametrize('suite', [suite for suite in bench.SUITES if suite != 'engines'])
 def test_suites(suite, tmp_path):
     toy = bench.Shape(D=24, H=48, sizes=(6, 12), tokens=(32, 3), bytes=1e4, n_layer=2,
                       vocab_size=99, prefill=(2, 8))
@@ -1303,6 +1303,24 @@ def test_suites(suite, tmp_path):
     if suite == 'layer':
         assert len(rows) == 2 * 2 * 2 * 4 + 11 and (tmp_path / 'p.png').stat().st_size > 1000
         assert all(r['limit'] > 0 and r['dense_ms'] for r in rows if r['suite'] == 'layer')
+
+def test_engines(tmp_path, monkeypatch):
+    """Ours and transformers, each in a process of its own, by turns; what is missing is named."""
+    toy = bench.Shape(D=24, H=48, sizes=(6,), n_layer=1, vocab_size=99, prefill=(1, 40),
+                      bert=(1, 24, 48, 99), turn=0.01)
+    monkeypatch.setattr(bench, 'ENGINES', {
+        name: (load, ('fp32',), *rest) for name, (load, _, *rest) in bench.ENGINES.items()
+        if name in ('ours', 'transformers')})
+    rows = bench.run(bench.options().parse_args(
+        ['--suite', 'engines', '--json', str(tmp_path / 'rows')]), toy)
+    assert [json.loads(line) for line in open(tmp_path / 'rows')] == rows
+    assert all(r['ms'] > 0 and r['speedup'] > 0 and r['weight_bytes'] > 0 for r in rows)
+    ours = [r for r in rows if r['engine'] == 'ours']
+    assert len(ours) == 3 * 2 * 2 + 2 * 3
+    assert len(rows) - len(ours) == (4 if find_spec('transformers') else 0)
+    for r in ours:                          # a router of 8 scores of which so many are chosen
+        share = {'dense': 1}.get(r['variant'].split(',')[0], 0.15)
+        assert r['experts'] == pytest.approx(share, abs=0.15)
 
 def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
