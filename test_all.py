@@ -167,7 +167,8 @@ def test_int8_linear(N, K, poisoned):
         assert torch.equal(got, kernel.int8_linear(torch.cat([x, x, x]), m)[:T])
         x[1:2, 0], x[4:5, -1], good = math.nan, -math.inf, [t for t in range(T) if t not in (1, 4)]
         bad = kernel.int8_linear(x, m)
-        assert torch.equal(bad[good], got[good]) and bad[1:2].isnan().all() and bad[4:5].isnan().all()
+        assert torch.equal(bad[good], got[good])
+        assert bad[1:2].isnan().all() and bad[4:5].isnan().all()
     # a product that, rounded, lies halfway between two whole numbers, tells CPUs that fuse apart
     x, eye = torch.randn(5000, 256), kernel.int8(torch.eye(256))
     q, scale = whole(x)
@@ -197,7 +198,8 @@ def test_int8_experts(sizes, D, act, poisoned):
         want, slack = int8_experts_slow(x, mask, b)
         got = kernel.experts(x, mask, packed)
         for y in (got, kernel.experts(x, mask, raw)):
-            assert y.shape == x.shape and ((y - want).abs() <= slack + 1e-5 * want.abs() + 1e-5).all()
+            assert y.shape == x.shape
+            assert ((y - want).abs() <= slack + 1e-5 * want.abs() + 1e-5).all()
         true = fp64(x, mask, b)
         assert T == 0 or (got - true).norm() < 0.03 * true.norm()
         close(packed.w_out.rows() * packed.w_out.scale[:, None], b.w_out, 0.02)
@@ -843,7 +845,8 @@ def test_generation_is_full_recomputation(projections, length, rule):
 @needs_compiler
 @pytest.mark.parametrize('config, kind, rule, tau', [
     ({}, '', '', 0), (dict(activation='gelu'), 'norm', 'dynk', 0.4), (MLM, '', '', 0),
-    ({}, 'active', 'threshold', 0.5), (BERT, 'norm', 'dynk', 0.4), (CLS, 'active', 'threshold', 0.6),
+    ({}, 'active', 'threshold', 0.5), (BERT, 'norm', 'dynk', 0.4),
+    (CLS, 'active', 'threshold', 0.6),
     # what runs one operation at a time
     ({}, 'share', 'topk', 0.4), (dict(projections='qkvo'), 'norm', 'dynk', 0.4),
     (dict(n_embd=18), 'norm', 'dynk', 0.4), ({}, OWNERS, 'dynk', 0.4)])
@@ -890,7 +893,8 @@ def test_int8_models(config, kind, rule, tau, poisoned):
         for _ in range(7):
             want = torch.cat([want, q(want)[:, -1:].argmax(-1)], 1)
         assert torch.equal(q.generate(want[:, :5], 7, temperature=0), want)
-    assert q.flops(9, [0.5] * len(q.mlps()))['router'] == m.flops(9, [0.5] * len(m.mlps()))['router']
+    half = [0.5] * len(m.mlps())
+    assert q.flops(9, half)['router'] == m.flops(9, half)['router']
 
 # D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 40 wide or 32
 @pytest.mark.parametrize('config, rho, want', [
