@@ -233,6 +233,28 @@ def known_rows(old, entries, names):
     return {tuple(r[name] for name in names): r | dict(file=here[r['checkpoint']])
             for r in old if r['checkpoint'] in here}
 
+def model_for(e, what, loaded, device):
+    """A checkpoint's model under a rule; `loaded` keeps the last one for the rows that follow."""
+    key, kind = (e.hash, what['router_loss'], what['dtype']), what['router_loss']
+    if key not in loaded:
+        print(f'eval     {e.path}  {kind or ""}  {what["dtype"]}', flush=True)
+        loaded.clear()
+        model = build(e.data, e.path).to(device)
+        if kind == 'oracle':
+            model.add_routers('oracle', 0)
+        loaded[key] = model.quantize(what['dtype'])
+    return loaded[key].set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
+
+def finished_row(e, what, model, dense, batches):
+    row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
+    if what['router_loss'] == 'oracle':     # a ceiling: it costs nothing, and cannot be timed
+        row |= dict(ms_per_1k_tokens=None, speedup=None)
+    if phase == 'dense' and what['dtype'] == 'fp32':             # dense against itself
+        row['speedup'] = 1.0
+    method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
+    return dict(method=method, **what, **row, seed=options.get('seed'),
+                split=options.get('split'), file=e.path)
+
 def evaluate(entries, batches, o, settings, folder, device):
     """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
     table, draw it. Ctrl-C keeps what is done."""
@@ -249,31 +271,15 @@ def evaluate(entries, batches, o, settings, folder, device):
     dense, loaded = build(entries[0].data, entries[0].path).to(device), {}
 
     def measure(e, what):
-        """Its row, unless there is one; a checkpoint's model stays for the rows that follow."""
-        key, kind, of = tuple(what.values()), what['router_loss'], e.data['options']
+        key = tuple(what.values())
         if key in found:
             return
-        if (e.hash, kind, what['dtype']) not in loaded:
-            print(f'eval     {e.path}  {kind or ""}  {what["dtype"]}', flush=True)
-            loaded.clear()
-            model = build(e.data, e.path).to(device)
-            if kind == 'oracle':
-                model.add_routers('oracle', 0)
-            loaded[e.hash, kind, what['dtype']] = model.quantize(what['dtype'])
-        model, phase = loaded[e.hash, kind, what['dtype']], e.data['phase']
-        model.set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
-        row = row_of(model, dense, batches)
-        if kind == 'oracle':                # a ceiling: it costs nothing, and cannot be timed
-            row |= dict(ms_per_1k_tokens=None, speedup=None)
-        if e is entries[0] and what['dtype'] == 'fp32':          # dense against itself
-            row['speedup'] = 1.0
-        if e is entries[1] and what['dtype'] == 'fp32':          # one of the middle lengths
-            tap = []
+        model = model_for(e, what, loaded, device)
+        found[key] = finished_row(e, what, model, dense, batches)
+        if e is entries[1] and what['dtype'] == 'fp32':
+            tap = []                        # texts come by length: one of the middle
             model.encode(**batches[len(batches) // 2][0], tap=tap)
             results['activity'] = sparsity_statistics(tap)
-        method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
-        found[key] = dict(method=method, **what, **row, seed=of.get('seed'), split=of.get('split'),
-                          file=e.path)
 
     mine, rank = {e.hash for e in entries}, {}
     for e, what in jobs:
