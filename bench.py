@@ -128,16 +128,28 @@ def entries(found, paths=()):
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
     a rule of their own run with top-k, too: it is the control. The oracle replaces the first
-    converted one's routers."""
+    converted one's routers. Dense in fp32 always comes first."""
     def job(e, kind=None, rule=None, tau=None):
         floor = o.floor if rule == 'dynk' else None
-        return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor)
+        return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
+                       dtype=o.dtype)
 
     jobs, routed = [job(e) for e in entries if not e.kind], [e for e in entries if e.kind]
-    for e, kind in [(e, e.kind) for e in routed] + [(e, 'oracle') for e in routed[:1]]:
+    if o.dtype != 'fp32':
+        jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
+    oracle = [(e, 'oracle') for e in routed[:1] if o.dtype == 'fp32']
+    for e, kind in [(e, e.kind) for e in routed] + oracle:
         for rule in dict.fromkeys([o.rule] if o.rule else [ROUTERS[kind].rule, 'topk']):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
     return jobs
+
+def quantised_jobs(entries, rows):
+    """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
+    wanted = [rows[0]] + [r for (kind, rule), r in picked(rows).items()
+                          if kind != 'oracle' and rule == ROUTERS[kind].rule]
+    names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor'
+    return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
+            for r in wanted for e in entries if e.hash == r['checkpoint']]
 
 def classification(predicted, labels):
     """Accuracy, and F1 averaged over the classes that occur: predicted and labels (n,)."""
@@ -217,8 +229,31 @@ def known_rows(old, entries, names):
         with contextlib.suppress(BadInput):
             here[checkpoint_hash(file)] = file
     here |= {e.hash: e.path for e in entries}
+    old = [dict(dtype='fp32') | r for r in old]                  # earlier files do not say it
     return {tuple(r[name] for name in names): r | dict(file=here[r['checkpoint']])
             for r in old if r['checkpoint'] in here}
+
+def model_for(e, what, loaded, device):
+    """A checkpoint's model under a rule; `loaded` keeps the last one for the rows that follow."""
+    key, kind = (e.hash, what['router_loss'], what['dtype']), what['router_loss']
+    if key not in loaded:
+        print(f'eval     {e.path}  {kind or ""}  {what["dtype"]}', flush=True)
+        loaded.clear()
+        model = build(e.data, e.path).to(device)
+        if kind == 'oracle':
+            model.add_routers('oracle', 0)
+        loaded[key] = model.quantize(what['dtype'])
+    return loaded[key].set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
+
+def finished_row(e, what, model, dense, batches):
+    row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
+    if what['router_loss'] == 'oracle':     # a ceiling: it costs nothing, and cannot be timed
+        row |= dict(ms_per_1k_tokens=None, speedup=None)
+    if phase == 'dense' and what['dtype'] == 'fp32':             # dense against itself
+        row['speedup'] = 1.0
+    method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
+    return dict(method=method, **what, **row, seed=options.get('seed'),
+                split=options.get('split'), file=e.path)
 
 def evaluate(entries, batches, o, settings, folder, device):
     """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
@@ -233,41 +268,45 @@ def evaluate(entries, batches, o, settings, folder, device):
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
     results = dict(config=vars(o), data=about, machine=machine(), settings=settings, rows=[],
                    activity=old.get('activity'))
-    dense, loaded = build(entries[0].data, entries[0].path).to(device), None
-    try:
-        for e, what in jobs:
-            key, kind = tuple(what.values()), what['router_loss']
-            if key in found:
-                continue
-            if loaded != (e.hash, kind):
-                print(f'eval     {e.path}  {kind or ""}', flush=True)
-                model, loaded = build(e.data, e.path).to(device), (e.hash, kind)
-                if kind == 'oracle':
-                    model.add_routers('oracle', 0)
-            model.set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
-            row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
-            if kind == 'oracle':            # a ceiling: it costs nothing, and cannot be timed
-                row |= dict(ms_per_1k_tokens=None, speedup=None)
-            if e is entries[0]:             # dense against itself
-                row['speedup'] = 1.0
-            if e is entries[1]:             # texts come by length: one of the middle
-                tap = []
-                model.encode(**batches[len(batches) // 2][0], tap=tap)
-                results['activity'] = sparsity_statistics(tap)
-            method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
-            found[key] = dict(method=method, **what, **row, seed=options.get('seed'),
-                              split=options.get('split'), file=e.path)
-    finally:
-        rank = {(e.hash, what['router_loss']): i for i, (e, what) in enumerate(jobs)}
-        results['rows'] = rows = sorted(found.values(), key=lambda r: (
-            rank.get((r['checkpoint'], r['router_loss']), len(rank)), r['rule'] or '',
-            r['tau'] or 0))
+    dense, loaded = build(entries[0].data, entries[0].path).to(device), {}
+
+    def measure(e, what):
+        key = tuple(what.values())
+        if key in found:
+            return
+        model = model_for(e, what, loaded, device)
+        found[key] = finished_row(e, what, model, dense, batches)
+        if e is entries[1] and what['dtype'] == 'fp32':
+            tap = []                        # texts come by length: one of the middle
+            model.encode(**batches[len(batches) // 2][0], tap=tap)
+            results['activity'] = sparsity_statistics(tap)
+
+    mine, rank = {e.hash for e in entries}, {}
+    for e, what in jobs:
+        rank.setdefault((e.hash, what['router_loss']), len(rank))
+
+    def rows_so_far():
+        rows = sorted(found.values(), key=lambda r: (
+            r['dtype'] != 'fp32', rank.get((r['checkpoint'], r['router_loss']), len(rank)),
+            r['rule'] or '', r['tau'] or 0))
         for row in rows:
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
+        return rows
+
+    def reported(*dtypes):
+        return [r for i, r in enumerate(rows_so_far())
+                if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
+                and r['dtype'] in dtypes]
+    try:
+        for job in jobs:
+            measure(*job)
+        # what is deployed; on a GPU only the weights would be int8
+        for job in quantised_jobs(entries, reported('fp32')) if device == 'cpu' else ():
+            measure(*job)
+    finally:
+        results['rows'] = rows_so_far()
         write_json(path, results)
-    mine = {e.hash for e in entries}
-    report([r for r in rows if r['checkpoint'] in mine and r['floor'] in (None, o.floor)],
-           results['activity'], folder)
+    report(reported('fp32', o.dtype, 'int8'), reported(o.dtype), results['activity'], folder)
     return results
 
 # -------------------------------------------------------------------------------------- tables
@@ -281,10 +320,10 @@ COLUMNS = [('experts', 'experts', 9, '.1%'), ('FLOPs', 'flops', 8, '.1%'),
 def print_table(rows, columns=COLUMNS):
     """A line for each row; columns without a figure are left out, means have half their spread."""
     columns = [c for c in columns if any(r[c[1]] is not None for r in rows)]
-    print(f'{"method":8s}{"router":>8s}{"tau":>10s}'
+    print(f'{"method":8s}{"router":>8s}{"tau":>10s}{"dtype":>6s}'
           + ''.join(f'{title:>{width}}' for title, _, width, _ in columns))
     for r in rows:
-        line = f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{setting(r):>10s}'
+        line = f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{setting(r):>10s}{r["dtype"]:>6s}'
         for _, name, width, form in columns:
             text = '-' if r[name] is None else f'{r[name]:{form}}'
             if r.get(f'{name}_half') is not None:
@@ -301,13 +340,13 @@ def setting(r):
     usual = ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
-def report(rows, activity, folder):
-    """The table, what follows from it, and its picture."""
+def report(rows, curve_rows, activity, folder):
+    """The table, what follows from the rows of one precision, and their picture."""
     print()
     print_table(rows)
     print('\nzeros among the hidden activations of the sparse model, MLP by MLP: '
           + ' '.join(f'{zeros:.0%}' for zeros, *_ in activity))
-    choice, routed = picked(rows), curves(rows)
+    choice, routed = picked(curve_rows), curves(curve_rows)
     print(f'\ncheapest whose {rows[0]["metric"]} is within 1 % of dense, picked on one half of the '
           'held-out set, reported on the other:')
     if choice:
@@ -321,8 +360,14 @@ def report(rows, activity, folder):
         if gap:
             print(f'{name} {rule} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on '
                   f'average, {max(gap):+.2%} at worst, over {len(gap)} points')
+    for r in rows:
+        for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype'] and all(
+                f[name] == r[name] for name in ('checkpoint', 'router_loss', 'rule', 'tau'))):
+            metric, sign = r['metric'], -1 if r['metric'] == 'accuracy' else 1
+            print(f'{r["dtype"]} costs {r["method"]} {r["router_loss"] or ""} {setting(r)} '
+                  f'{sign * (r[metric] / same[metric] - 1):+.2%} of its {metric}')
     print(f'{os.path.join(folder, "results.json")} has every row'
-          + plot_rows(rows, os.path.join(folder, 'results.png')))
+          + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
 
 def curves(rows):
     """{(router, rule): its rows} of the routed ones."""
@@ -350,7 +395,7 @@ def flops_gap(curve, other):
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
-    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k')
+    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype')
     columns = [(title, name, 16, form) for title, name, _, form in COLUMNS
                if name in ('experts', 'flops', 'delta', 'speedup', 'accuracy')]
     groups, rows = {}, []
@@ -364,7 +409,8 @@ def print_seeds(results, path):
             row[f'{name}_half'] = (max(values) - min(values)) / 2 if values else None
         rows.append(row)
     print(f'\n{len(results)} seeds: mean and half of the spread (largest - smallest)')
-    print_table(rows, columns)
+    # seeds that picked another tau have other rows in int8
+    print_table([row for row in rows if row['seeds'] == len(results)], columns)
     seeds = [result['config']['seed'] for result in results]
     write_json(path, dict(machine=machine(), seeds=seeds, rows=rows))
     print(f'\n{path} has every row')
@@ -440,13 +486,18 @@ class Shape(NamedTuple):
 def make_layers(shape, dtype, device):
     """[Experts] of random MLPs with one expert each, so many that no cache holds them."""
     H, D = shape.H, shape.D
+    one = torch.tensor([0, H], dtype=torch.int32, device=device)
 
     def make(*size):
-        return (torch.randn(*size, device=device) * 0.02).to(dtype)
-    n = math.ceil(shape.bytes / (2 * D * H * dtype.itemsize))
-    one = torch.tensor([0, H], dtype=torch.int32, device=device)
-    return [kernel.Experts(make(H, D), make(H), make(H, D), make(D), one, 'relu')
-            for _ in range(n)]
+        w = torch.randn(*size, device=device) * 0.02
+        return w if dtype == torch.int8 else w.to(dtype)
+
+    def mlp():
+        w_in, b_in, w_out, b_out = make(H, D), make(H), make(H, D), make(D)
+        if dtype == torch.int8:
+            w_in, w_out = kernel.int8(w_in, b_in), kernel.int8(w_out, b_out, by_column=True)
+        return kernel.Experts(w_in, b_in, w_out, b_out, one, 'relu')
+    return [mlp() for _ in range(math.ceil(shape.bytes / (2 * D * H * dtype.itemsize)))]
 
 def dense_mlp(x, w_in, b_in, w_out, b_out, linear=F.linear):
     return linear(F.relu(linear(x, w_in, b_in)), w_out, b_out)
@@ -460,6 +511,8 @@ def dense_jobs(layers, x):
     def wide(*weights):                     # without bf16 units, fp32 copies may be faster
         return [w.float() for w in weights]
 
+    if isinstance(layers[0].w_in, kernel.Int8):
+        return {'every expert': [partial(kernel.experts, x, None, m) for m in layers]}
     onednn, jobs = partial(dense_mlp, linear=kernel.onednn), {}
     plain = [(m.w_in, m.b_in, m.w_out.t(), m.b_out) for m in layers]
     ways = {'F.linear': (dense_mlp, None), 'compiled': (torch.compile(dense_mlp), None),
@@ -486,7 +539,7 @@ def layer_suite(o, device, shape):
     rows = []
     print('   T  size   rho  dtype     dense by             dense ms        ms  speedup '
           'with router  limit of limit')
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, *([torch.int8] if device == 'cpu' else ())):
         layers = make_layers(shape, dtype, device)
         # bytes a second that the device reads: the sum of a tensor that no cache holds
         big = torch.ones(128 << 20, device=device)
@@ -495,13 +548,15 @@ def layer_suite(o, device, shape):
             cases = [('layer', s, rho) for s in shape.sizes for rho in (0.1, 0.25, 0.5, 1.0)]
             if T == shape.tokens[0] and dtype == torch.float32:
                 cases += [('linearity', shape.sizes[0], i / 20) for i in (1, *range(2, 21, 2))]
-            x = torch.randn(T, shape.D, device=device).to(dtype)
-            rows += layer_rows(o, shape, layers, x, cases, roof)
+            x = torch.randn(T, shape.D, device=device)
+            x = x if dtype == torch.int8 else x.to(dtype)
+            rows += layer_rows(o, shape, layers, x, cases, roof, dtype)
         print(f'{str(dtype)[6:]}: peak {roof["peak"] / 1e9:.0f} GFLOP/s (the fastest dense), '
               f'{roof["bandwidth"] / 1e9:.0f} GB/s read\n', flush=True)
-    reached = [r['of_limit'] for r in rows if r['dtype'] == 'float32' and r['rho'] <= 0.5]
-    print(f'fp32, rho <= 0.5: median of_limit {statistics.median(reached):.2f}, '
-          f'lowest {min(reached):.2f}')
+    for dtype in sorted({r['dtype'] for r in rows}):
+        reached = [r['of_limit'] for r in rows if r['dtype'] == dtype and r['rho'] <= 0.5]
+        print(f'{dtype}, rho <= 0.5: median of_limit {statistics.median(reached):.2f}, '
+              f'lowest {min(reached):.2f}')
     line = [r for r in rows if r['suite'] == 'linearity']
     rho, times = [r['rho'] for r in line], [1 / r['speedup'] for r in line]
     slope, start = np.polyfit(rho, times, 1)
@@ -512,7 +567,7 @@ def layer_suite(o, device, shape):
           f'{slope:.3f} rho of dense, R^2 = {r2:.4f}')
     return rows
 
-def layer_rows(o, shape, layers, x, cases, roof):
+def layer_rows(o, shape, layers, x, cases, roof, dtype):
     """The rows of some tokens for cases (suite, s, rho), printed."""
     T, n, rows = len(x), max(1, min(len(layers), 768 // len(x))), []
     ways = dense_jobs(layers, x)
@@ -532,11 +587,12 @@ def layer_rows(o, shape, layers, x, cases, roof):
     dense[best], roof['peak'] = base, max(roof['peak'], flops / base)
     for suite, s, rho in cases:
         # the experts that any token wants, x and y
-        moved = 2 * shape.D * x.itemsize * (shape.H * (1 - (1 - rho) ** T) + T)
+        wanted = shape.H * (1 - (1 - rho) ** T)
+        moved = 2 * shape.D * (dtype.itemsize * wanted + x.itemsize * T)
         limit = base / max(flops * rho / roof['peak'], moved / roof['bandwidth'])
         seconds = times[suite, s, rho]
         row = dict(suite=suite, T=T, D=shape.D, H=shape.H, expert_size=s, rho=rho,
-                   dtype=str(x.dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
+                   dtype=str(dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
                    router_ms=1e3 * times[s], dense_ms={k: 1e3 * t for k, t in dense.items()},
                    speedup=base / seconds, speedup_with_router=base / (seconds + times[s]),
                    limit=limit, of_limit=base / seconds / limit)

@@ -6,8 +6,10 @@
 
 where w_in[e] and w_out[e] are the rows offsets[e]:offsets[e+1] of two neuron-major (H, D) matrices.
 `experts` exists in plain torch (differentiable), in Triton (NVIDIA and AMD GPUs) and in C++ (CPUs:
-the source at the end of this file, built on first use in about 3 s, called through ctypes). All
+the source at the end of this file, built on first use in about 10 s, called through ctypes). All
 accumulate in fp32. Experts are summed, never weighted. A NaN in a row of x stays in that row.
+For inference weights may be Int8 (whole numbers, a scale a row; x is quantised row by row on the
+fly); on a CPU `encode_int8` runs all blocks of a model in one call, router and rule included.
 
     B batch · L sequence length · T tokens · D n_embd · H hidden neurons
     E experts · s neurons in an expert · rho share of neurons run
@@ -310,6 +312,11 @@ TILES = {
                  (16, 32, 64, 64, 4, 2)],
     ('hip', 4): [(128, 64, 32, 32, 8, 2), (64, 32, 32, 32, 4, 2), (16, 32, 32, 32, 4, 2)],
 }
+# 1 byte: int8 weights and x in half precision. To convert takes registers.
+for target in ('cuda:80', 'cuda:90'):
+    TILES[target, 1] = [(128, 128, 32, 32, 8, 3), *TILES[target, 2][1:]]
+TILES['hip', 1] = [(128, 128, 64, 16, 8, 2), (128, 64, 32, 32, 8, 2), (64, 32, 64, 16, 4, 2),
+                   (16, 32, 64, 64, 4, 2)]
 
 def jit(kernel):
     # a new number of tokens must not compile a new kernel
@@ -347,10 +354,10 @@ def dispatch_kernel(mask, idx, count, T, E, LEN,
     tl.store(idx + column[None, :].to(tl.int64) * LEN + rank, token, mask=run != 0)
 
 @jit
-def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN: tl.constexpr,
-                  ACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-                  CHUNK: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, SB: tl.constexpr,
-                  BK: tl.constexpr, BN: tl.constexpr):
+def expert_kernel(x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, LEN, D,
+                  EVEN: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+                  INTERPRET: tl.constexpr, CHUNK: tl.constexpr, BE: tl.constexpr,
+                  BM: tl.constexpr, SB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
     chunk = tl.program_id(1).to(tl.int64)
     x += chunk * CHUNK * D
     y += chunk * CHUNK * D
@@ -389,11 +396,17 @@ def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN:
             # The interpreter would multiply the bit patterns of bf16.
             if INTERPRET:
                 a, w = a.to(tl.float32), w.to(tl.float32)
-            h = tl.dot(a, w, h, input_precision=PRECISION)
+            h = tl.dot(a, w.to(a.dtype), h, input_precision=PRECISION)
+        if s_in is not None:
+            h *= tl.load(s_in + neuron)[None, :]
         if b_in is not None:
             h += tl.load(b_in + neuron).to(tl.float32)[None, :]
         h = tl.where(is_neuron[None, :], activate(h, ACT), 0.0)
-        hidden = h.to(w_out.dtype.element_ty)
+        if s_out is not None:
+            # or they would be loaded early, where every register is in use
+            tl.debug_barrier()
+            h *= tl.load(s_out + neuron)[None, :]
+        hidden = h.to(x.dtype.element_ty)
         if INTERPRET:
             hidden = hidden.to(tl.float32)
 
@@ -404,13 +417,13 @@ def expert_kernel(x, w_in, b_in, w_out, offsets, idx, count, y, E, LEN, D, EVEN:
                         mask=in_d[None, :], other=0)  # (SB, BN)
             if INTERPRET:
                 w = w.to(tl.float32)
-            out = tl.dot(hidden, w, input_precision=PRECISION)  # (BM, BN)
+            out = tl.dot(hidden, w.to(hidden.dtype), input_precision=PRECISION)  # (BM, BN)
             wanted = is_token[:, None] & in_d[None, :]
             tl.atomic_add(y + row[:, None] + d[None, :], out, mask=wanted, sem='relaxed')
 
 @jit
-def decode_kernel(x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT: tl.constexpr,
-                  BE: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr):
+def decode_kernel(x, mask, w_in, s_in, b_in, w_out, s_out, offsets, y, E, D,
+                  ACT: tl.constexpr, BE: tl.constexpr, NB: tl.constexpr, BD: tl.constexpr):
     """A few tokens: a program is (token, NB neurons), whatever experts these belong to. All that
     counts is to ask for the weights at once, early and in small pieces; sums are plain fp32
     multiply-adds. Neurons that do not run are not read."""
@@ -431,9 +444,13 @@ def decode_kernel(x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT: tl.constexp
         w2 = tl.load(w_out + place, mask=needed, other=0)
         a = tl.load(x + t * D + d, mask=d < D, other=0)
         h = tl.sum(w1.to(tl.float32) * a.to(tl.float32)[None, :], 1)  # (NB)
+        if s_in is not None:
+            h *= tl.load(s_in + j, mask=runs, other=0)
         if b_in is not None:
             h += tl.load(b_in + j, mask=runs, other=0).to(tl.float32)
         h = tl.where(runs, activate(h, ACT), 0.0)
+        if s_out is not None:
+            h *= tl.load(s_out + j, mask=runs, other=0)
         out = tl.sum(w2.to(tl.float32) * h[:, None], 0)  # (BD)
         tl.atomic_add(y + t * D + d, out, mask=d < D, sem='relaxed')
 
@@ -464,10 +481,14 @@ def choose_tile(tiles, tokens, E, s, chunks, processors):
 
 def triton_experts(x, mask, bundle, rho=None):
     """`experts` on a GPU. Nothing here looks at the mask or the offsets: `rho` only sizes tiles and
-    grid, and any mask gives the right answer with any rho."""
+    grid, and any mask gives the right answer with any rho. Of an Int8 only the weights are whole
+    numbers, which a tile turns into x's dtype: a row's scale multiplies h, not the row."""
     (T, D), H, E = x.shape, len(bundle.w_in), mask.shape[1]
-    x, w_in, w_out = (t.contiguous() for t in (x, bundle.w_in, bundle.w_out))
-    b_in, b_out, offsets, act = bundle.b_in, bundle.b_out, bundle.offsets, bundle.act
+    w_in, b_in, w_out, b_out, offsets, act = bundle
+    s_in = s_out = None
+    if isinstance(w_in, Int8):
+        (w_in, s_in, b_in), (w_out, s_out, b_out) = ((m.w, m.scale, m.bias) for m in (w_in, w_out))
+    x, w_in, w_out = (t.contiguous() for t in (x, w_in, w_out))
     mask = mask.contiguous().view(torch.uint8)
     y = torch.empty(T, D, dtype=torch.float32, device=x.device)
     y.zero_() if b_out is None else y.copy_(b_out)
@@ -485,8 +506,8 @@ def triton_experts(x, mask, bundle, rho=None):
             BD = triton.next_power_of_2(D)
             NB, num_warps = max(1, 4096 // BD), min(16, max(4, BD // 1024))
             decode_kernel[T, triton.cdiv(H, NB)](
-                x, mask, w_in, b_in, w_out, offsets, y, E, D, ACT=act, BE=BE, NB=NB, BD=BD,
-                num_warps=num_warps, **options)
+                x, mask, w_in, s_in, b_in, w_out, s_out, offsets, y, E, D, ACT=act, BE=BE, NB=NB,
+                BD=BD, num_warps=num_warps, **options)
             return y.to(x.dtype)
 
         CHUNK = max(128, 1 << (CHUNK_ELEMENTS // D).bit_length() - 1)
@@ -497,13 +518,14 @@ def triton_experts(x, mask, bundle, rho=None):
             mask, idx, count, T, E, length, CHUNK=CHUNK, BT=128, BE=32, **options)
 
         tokens, s = max(1, round(rho * min(T, CHUNK))), triton.cdiv(H, E)
-        tiles = TILES[target, x.element_size()]
+        half = x.element_size() == 2
+        tiles = TILES[target, w_in.element_size() if half else 4]
         tile, items = choose_tile(tiles, tokens, E, s, chunks, processors)
         BM, SB, BK, BN, num_warps, num_stages = tile
         # fp32 on NVIDIA is three tf32 products, as good and on tensor cores. AMD multiplies fp32.
         tf32 = x.dtype == torch.float32 and target != 'hip'
         expert_kernel[min(items, 8 * processors), chunks](
-            x, w_in, b_in, w_out, offsets, idx, count, y, E, length, D,
+            x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, length, D,
             EVEN=D % max(BK, BN) == 0, ACT=act, PRECISION='tf32x3' if tf32 else 'ieee',
             INTERPRET=INTERPRET, CHUNK=CHUNK, BE=BE, BM=BM, SB=SB, BK=BK, BN=BN,
             num_warps=num_warps, num_stages=num_stages, **options)
@@ -517,7 +539,7 @@ NATIVE = [['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
 PID = os.getpid()
 
 class Job(ctypes.Structure):
-    """One call of the fp32 and bf16 kernel. This and what follows are structs of the source below."""
+    """One call of the fp32 and bf16 kernel: a struct of the source below, as those that follow."""
     pointers = 'x', 'mask', 'w_in', 'b_in', 'w_out', 'b_out', 'offsets', 'y'
     _fields_ = [*((name, ctypes.c_void_p) for name in pointers),
                 *((name, ctypes.c_int64) for name in 'TDE'),
@@ -638,6 +660,13 @@ class Int8:
     def __len__(self):
         return self.N
 
+    @property
+    def shape(self):
+        return self.N, self.K
+
+    def numel(self):
+        return self.N * self.K
+
     def part(self, a, b):
         """Rows a .. b, whole blocks, sharing memory."""
         unit = 8 if self.w.dtype == torch.uint8 else 1
@@ -658,11 +687,13 @@ def pointers(*tensors):
 def sizes(*numbers):
     return [ctypes.c_int64(n) for n in numbers]
 
+# Rows so small are zero: their numbers would be denormal. The C++ kernel has it, too.
+TINY = 1e-30
+
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
-    largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
-    return (x * inverse).round(), largest / 127
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > TINY, x / scale, 0).round(), scale
 
 def pad_to_8(t, dim=-1, value=0):
     short = -t.shape[dim] % 8
@@ -682,7 +713,10 @@ def int8(w, bias=None, by_column=False):
     return Int8(blocks, pad_to_8(scale), bias, N, K, by_column)
 
 def int8_linear(x, m):
-    """x (..., K) -> (..., N) in fp32; x is quantised row by row."""
+    """x (..., K) -> (..., N) in fp32; x is quantised row by row, but not on a GPU."""
+    if not x.is_cpu:
+        y = F.linear(x, m.w.to(x.dtype)) * m.scale
+        return y if m.bias is None else y + m.bias
     flat = x.reshape(-1, x.shape[-1]).float()
     if m.w.dtype == torch.uint8:
         flat, y = pad_to_8(flat).contiguous(), flat.new_empty(len(flat), m.N)
@@ -698,12 +732,12 @@ def int8_experts(x, mask, bundle, rho=None):
     """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
     w_in, w_out, act = bundle.w_in, bundle.w_out, bundle.act
     if w_in.w.dtype == torch.uint8:
-        flat, mask = x.float().contiguous(), mask.contiguous()
+        flat, mask = pad_to_8(x.float()).contiguous(), mask.contiguous()
         y = torch.zeros_like(flat)
         h, ffn = x.new_empty(FEW, w_in.N, dtype=torch.float32), c_ffn(bundle)
         library().experts8(ctypes.byref(ffn), *pointers(flat, mask, h, y),
                            *sizes(len(x), n_threads()))
-        return y.to(x.dtype)
+        return y[:, :x.shape[1]].to(x.dtype)
     a = ACTIVATIONS[act](int8_linear(x, w_in))
     a = a.masked_fill(~neuron_mask(mask, bundle.offsets, w_in.N), 0) * w_out.scale
     q, scale = whole_numbers(a)
@@ -728,8 +762,8 @@ def c_ffn(bundle):
                 list(ACTIVATIONS).index(bundle.act))
 
 def int8_layer(qkv, o, bundle, norms, router=None):
-    """A block for encode_int8: matrices as Int8, norms (two scales, two shifts), router (two matrices,
-    whether its rule is dynk, tau, floor); the caller keeps all of them alive."""
+    """A block for encode_int8: matrices as Int8; norms: scale and shift of both LayerNorms; router:
+    its two matrices, whether the rule is dynk, tau, floor. The caller keeps all of them alive."""
     layer = CLayer(qkv=c_matrix(qkv), o=c_matrix(o), ffn=c_ffn(bundle))
     names = 'scale_1', 'shift_1', 'scale_2', 'shift_2'
     for name, t in zip(names, norms):
@@ -777,9 +811,9 @@ class Int8Blocks(NamedTuple):
             (layer.router_1.N, layer.router_2.N, layer.ffn.E) for layer in layers))))
 
 def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
-    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; or (B, D), where
-    of the last block only the tokens layout.heads() are needed. masks: a list that receives each
-    block's (T, E), or None."""
+    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; with `only`
+    (B, D): the last block is needed for the tokens layout.heads() alone. masks: a list that
+    receives each block's (T, E), None where it has no router."""
     (T, D), d = x.shape, x.shape[1] // n_head
     for i, layer in enumerate(blocks.layers):
         layer.k = layer.v = layer.mask = None
@@ -787,8 +821,10 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
             cache[i].reserve(layout.B, n_head, d, x)
             layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
         if masks is not None:
-            masks.append(torch.empty(T, layer.ffn.E, dtype=torch.bool))
-            layer.mask = masks[-1].data_ptr()
+            rows = layout.B if only and i == len(blocks.layers) - 1 else T
+            routed = torch.empty(rows, layer.ffn.E, dtype=torch.bool) if layer.router_1.w else None
+            masks.append(routed)
+            layer.mask = None if routed is None else routed.data_ptr()
     room = x.new_empty(4 * T * D + FEW * blocks.H)
     q, y, h = (room.data_ptr() + 4 * n for n in (0, 3 * T * D, 4 * T * D))
     attention = c_attention(q, q + 4 * D, q + 8 * D, 3 * D, y, layout, n_head, d,
@@ -1209,10 +1245,11 @@ static void attend(const Head& h, i64 n, i64 L, bool causal, Room& my) {
     }
 }
 
-// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where only
-// the first token (causal: the last) asks. The cache holds `past` tokens of each sequence.
+// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where
+// only the first token (causal: the last) asks. The cache (B, heads, size, d), old_k and old_v,
+// holds `past` tokens of each sequence.
 struct Attention {
-    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;  // (B, heads, size, d)
+    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;
     i64 B, heads, d, stride, longest, past, size, causal, only, threads;
 };
 static void attend(const Attention& a, i64 item, Room& room) {
@@ -1243,14 +1280,14 @@ extern "C" void attention(const Attention* a) {
 //
 // A row of x, or of a matrix, is largest / 127 times whole numbers -127 .. 127, so that
 //     y[t, n] = scale[t] * scale[n] * (whole number) + bias[n]
-// with the same whole numbers on every CPU and in any order. A matrix (N, K) is cut into blocks of 8
-// rows x 8 columns, 64 bytes. A stored weight is 128 more than it is, because the dot product of x86
-// wants unsigned bytes; 128 * (sum of the row of x) is subtracted at the end.
+// with the same whole numbers on every CPU and in any order. A matrix (N, K) is cut into blocks of
+// 8 rows x 8 columns, 64 bytes. A stored weight is 128 more than it is, because the dot product of
+// x86 wants unsigned bytes; 128 * (sum of the row of x) is subtracted at the end.
 //   multiply: all arithmetic there is. NT tokens x NP panels of 8 rows stay in registers along the
-//             columns: all of them (a linear, the head, an expert's hidden units), or a list of the
-//             blocks in which h is not zero (an FFN's output, after routing and ReLU).
-//   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for one
-//             another six times a layer. Many: they share out blocks of tokens, and wait around
+//             columns: all of them (a linear, the head, an expert's hidden units), or a list of
+//             the blocks in which h is not zero (an FFN's output, after routing and ReLU).
+//   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for
+//             one another six times a layer. Many: they share out blocks of tokens, and wait around
 //             attention only.
 typedef uint8_t u8;
 typedef int8_t s8;
@@ -1344,18 +1381,19 @@ struct Rows {  // n rows of K numbers, quantised
         int bits = 0;
         for (int i = 0; i < 8; i++) bits = std::max(bits, most[i]);
         float largest; memcpy(&largest, &bits, 4);
-        const bool finite = bits < 0x7f800000;
-        const float inverse = finite && bits ? 127 / largest : 0;
+        const float unit = largest / 127;
+        const bool finite = bits < 0x7f800000, some = finite && unit > 1e-30f;
         for (i64 i = 0; i < n; i++) {
             const i64 k = 8 * (list ? list[i] : i);
-            v8f v = *(v8u*)(x + k) * inverse + 12582912.0f;  // its low bits: to nearest, ties even
-            v8i whole = finite ? (v8i)v - 0x4b400000 : v8i{};
+            // Its low bits: to nearest, ties even. A product some CPUs would fuse with the sum.
+            v8f v = *(v8u*)(x + k) / unit + 12582912.0f;
+            v8i whole = some ? (v8i)v - 0x4b400000 : v8i{};
             *(v8b*)&q[t * K + k] = __builtin_convertvector(whole, v8b);
             total += whole;
         }
         sum[t] = 0;
         for (int i = 0; i < 8; i++) sum[t] += total[i];
-        scale[t] = finite ? largest / 127 : NAN;
+        scale[t] = finite ? unit : NAN;
     }
     void set(i64 t, const float* x) { set(t, x, nullptr, K / 8); }
 };
@@ -1417,7 +1455,7 @@ template <int NP>
 static void sparse(const Matrix& m, const Rows& x, int row, const int* list, i64 n, i64 p, i64 p1,
                    Out out) {
     for (; p + NP <= p1; p += NP) multiply<1, NP>(m, x, &row, list, n, p, out);
-    if constexpr (NP > 1) sparse<NP / 3>(m, x, row, list, n, p, p1, out);
+    if constexpr (NP > 1) sparse<(NP + 2) / 3>(m, x, row, list, n, p, p1, out);
 }
 struct Ffn {
     Matrix in, out; const float* fold;  // of w_out's rows: h is multiplied by it, out.scale is 1
@@ -1453,7 +1491,8 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
                 for (; j + LANES <= j1; j += LANES)
                     *(vu*)(unit + j) = activate(load(unit + j), f.act) * load(f.fold + j);
                 for (; j < j1; j += 8)
-                    *(v8u*)(unit + j) = activate((v8f)*(v8u*)(unit + j), f.act) * *(v8u*)(f.fold + j);
+                    *(v8u*)(unit + j) = activate((v8f)*(v8u*)(unit + j), f.act)
+                                        * *(v8u*)(f.fold + j);
             }
         }
     }
@@ -1544,7 +1583,8 @@ struct Layer {
     float *k, *v; u8* mask;          // cache; room for the (T, E) that were chosen; or null
 };
 struct Model {
-    const Layer* layers; float *x, *h, *qkv; Attention a; i64 n_layer, T, H, W, R, E, pre_ln, only; float eps;
+    const Layer* layers; float *x, *h, *qkv; Attention a;
+    i64 n_layer, T, H, W, R, E, pre_ln, only; float eps;
 };
 struct Pass {  // one thread's way through a layer
     const Model& m; const Layer* l; i64 D; Worker my; Rows r; Buffer normed, router, score;

@@ -28,8 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import (ACTIVATIONS, Experts, Int8Blocks, LayerCache, Layout, attention, encode_int8,
-                    experts, int8, int8_layer, linear, neuron_mask, pad_to_8)
+from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
+                    encode_int8, experts, int8, int8_layer, linear, neuron_mask, pad_to_8)
 from router import FLOOR, GRID, Router
 
 class BadInput(ValueError):
@@ -110,6 +110,8 @@ class MLP(nn.Module):
         z = linear(x, self.w_in, self.b_in)                      # (T, H)
         a = ACTIVATIONS[self.act](z)
         tap.append(dict(x=x, z=z, a=a, score=score, mask=mask))
+        if isinstance(self.w_in, Int8):
+            return experts(x, mask, self.experts)
         if mask is not None:
             a = a.masked_fill(~neuron_mask(mask, self.offsets, len(self.w_in)), 0)
         return linear(a, self.w_out.t(), self.b_out)
@@ -279,7 +281,8 @@ class Transformer(nn.Module):
                 self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
             for mlp in self.mlps():
                 mlp.quantize()
-                for i in '12' if mlp.router is not None else ():
+                # of other networks than the two-layer ones nothing is known
+                for i in '12' if mlp.router is not None and hasattr(mlp.router.net, 'w1') else ():
                     quantize(mlp.router.net, f'w{i}', f'b{i}')
             for block in self.blocks if not self.config.projections else ():
                 block.attn.quantize()
@@ -299,6 +302,7 @@ class Transformer(nn.Module):
             owned = any(n > 0 for n in c.n_outputs)
             fits = blocks and routed and not owned and not c.projections
             fits = fits and c.n_embd % 8 == 0 and c.router_width % 8 == 0
+            fits = fits and len({len(mlp.w_in) for mlp in self.ffns()}) == 1
             FUSED[self] = int8_blocks(self) if fits else None
         return FUSED[self]
 
@@ -320,6 +324,8 @@ class Transformer(nn.Module):
             raise ValueError(f'{past + L} tokens do not fit into '
                              f'block_size={self.config.block_size}')
         layout = Layout.of(attention_mask, B, L, self.config.causal)
+        if only and layout.index is not None and not layout.starts.diff().all():
+            raise ValueError('a sequence without a token has no last hidden state')
         x = self.wte(idx) + self.wpe(torch.arange(past, past + L, device=idx.device))   # (B, L, D)
         if self.wtt is not None:
             x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
@@ -419,8 +425,7 @@ class Transformer(nn.Module):
             part = 'mlp' if mlp in ffns else 'attention'
             out[part] += 4 * D * len(mlp.w_in) * share
             if rho is not None and mlp.router is not None:
-                matrices = (p for p in mlp.router.parameters() if p.dim() == 2)
-                out['router'] += 2 * sum(p.numel() for p in matrices)
+                out['router'] += 2 * mlp.router.size
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
         elif c.head:
@@ -436,9 +441,9 @@ def int8_blocks(model):
     for block in model.blocks:
         router, mlp = block.mlp.router, block.mlp
         if c.rule == 'dynk':
-            router = router.net.w1, router.net.w2, True, c.tau, c.floor
+            router = router.net.w1, router.net.w2, True, router.tau, router.floor
         elif c.rule == 'threshold':     # of a sigmoid
-            least = torch.logit(torch.tensor(c.tau, dtype=torch.float64)).item()
+            least = torch.logit(torch.tensor(router.tau, dtype=torch.float64)).item()
             router = router.net.w1, router.net.w2, False, least, -math.inf
         norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
         layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, mlp.experts, norms,
@@ -535,10 +540,13 @@ def check_writable(path, make_folder=False):
     except OSError as error:
         raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
 
-def save(model, path, **extra):
-    """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
+def check_fp32(model, path):
     if model.dtype != 'fp32':
         raise BadInput(f'{path}: a model in {model.dtype} is for inference; save it before')
+
+def save(model, path, **extra):
+    """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
+    check_fp32(model, path)
     data = dict(config=asdict(model.config), model=model.state_dict(), data=model.about) | extra
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
@@ -583,7 +591,8 @@ def build(data, path='checkpoint'):
 def load(where, n_classes=0, dtype='fp32'):
     """A checkpoint, an exported folder, or a published GPT-2 or BERT (folder or name) ->
     Transformer in eval mode, without gradients. n_classes > 0 puts a fresh classification head on
-    a BERT, unless it has one of that size. dtype: see Transformer.quantize. BadInput says what does not fit."""
+    a BERT, unless it has one of that size. dtype: see Transformer.quantize. BadInput says what does
+    not fit."""
     where = os.fspath(where)
     inside = os.path.join(where, 'd2dmoe.pt')                    # of what we exported
     path = inside if os.path.isfile(inside) else where
@@ -736,6 +745,7 @@ def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
     d2dmoe.pt, which load(folder) reads, beside it; with replaced projections, which no plain model
     has, only that. BadInput if the folder is there and not empty."""
+    check_fp32(model, folder)
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):

@@ -201,6 +201,7 @@ class Router(nn.Module):
     def __init__(self, kind, mlp, owners, width):
         super().__init__()
         self.net = ROUTERS[kind](mlp, owners, width)
+        self.size = sum(p.numel() for p in self.net.parameters() if p.dim() == 2)
         # RMS of the norms in this layer; 0: not seen yet
         self.register_buffer('scale', torch.zeros(()))
         self.register_buffer('owners', owners)                   # (R, E) bool, or None

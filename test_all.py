@@ -63,6 +63,16 @@ def layer(T, sizes, D, rho=0.4, dtype=fp32, bias=True, act='relu', device='cpu')
         b_in = b_out = None
     return x, mask, kernel.Experts(w_in, b_in, w_out, b_out, offsets, act)
 
+def in_int8(bundle):
+    """The bundle as on a GPU, and what its whole numbers stand for."""
+    ms = []
+    for w, b in ((bundle.w_in, bundle.b_in), (bundle.w_out, bundle.b_out)):
+        q, scale = kernel.whole_numbers(w.float())
+        ms.append(kernel.Int8(q.to(torch.int8), scale[:, 0], b, *w.shape, False))
+    w_in, w_out = (m.rows().double() * m.scale[:, None] for m in ms)
+    return (bundle._replace(w_in=ms[0], b_in=None, w_out=ms[1], b_out=None),
+            bundle._replace(w_in=w_in, w_out=w_out))
+
 def near(y, want):
     error = (y.double() - want).norm() / want.norm().clamp(min=1e-9)
     return y.shape == want.shape and error < {fp32: 1e-5, fp16: 2e-3, bf16: 1e-2}[y.dtype]
@@ -77,10 +87,12 @@ def poisoned(monkeypatch):
     def poison(make):
         def f(*args, **kwargs):
             t = make(*args, **kwargs)
-            return t.fill_(float('nan') if t.is_floating_point() else 2 ** 30)
+            wild = 2 ** 30 if t.itemsize > 1 else 1
+            return t.fill_(math.nan if t.is_floating_point() else wild)
         return f
     monkeypatch.setattr(torch, 'empty', poison(torch.empty))
     monkeypatch.setattr(torch, 'empty_like', poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, 'new_empty', poison(torch.Tensor.new_empty))
 
 SHAPES = [([0], 7), ([1], 1), ([5, 0, 3, 0], 33), ([4] * 9, 96), ([6] * 33, 8), ([24] * 5, 64),
           ([128, 130, 1, 0, 17], 100), ([2, 3, 7, 9, 10, 11, 95, 97, 0], 40)]
@@ -129,6 +141,123 @@ def test_cpp_with_threads_strides_and_in_a_fork(T):
     torch.set_num_threads(1)
     assert os.waitpid(pid, 0)[1] == 0
 
+def whole(x):
+    """(T, K) -> what int8 makes of it, in fp64: whole numbers and the scale of each row."""
+    scale = x.abs().amax(1, keepdim=True) / 127
+    return torch.where(scale > 1e-30, x / scale, 0).round().double(), scale.double()
+
+def int8_slow(x, w, b):
+    (q, scale), (n, rows) = whole(x), whole(w)
+    return q @ n.T * scale * rows.T + b, q
+
+@needs_compiler
+@pytest.mark.parametrize('N, K', [(1, 1), (13, 37), (24, 8), (200, 130)])
+def test_int8_linear(N, K, poisoned):
+    torch.manual_seed(N)
+    w, b = torch.randn(N, K), torch.randn(N)
+    m, few = kernel.int8(w, b), 0
+    raw = kernel.Int8(whole(w)[0].to(torch.int8), m.scale[:N], b, N, K, False)
+    close(m.rows() * m.scale[:N, None], w, 0.02)
+    for T in (0, 1, 7, 16, 17, 70):
+        x = torch.randn(2, T, K)[1] * 10 ** torch.randn(T, 1) if T else torch.zeros(0, K)
+        x[2:3], x[5:6] = 0, 1e-36 * x[5:6]
+        got = kernel.int8_linear(x, m)
+        close(got, int8_slow(x, w, b)[0], 1e-6)
+        close(kernel.int8_linear(x, raw), got, 1e-6)
+        assert torch.equal(got, kernel.int8_linear(torch.cat([x, x, x]), m)[:T])
+        x[1:2, 0], x[4:5, -1], good = math.nan, -math.inf, [t for t in range(T) if t not in (1, 4)]
+        bad = kernel.int8_linear(x, m)
+        assert torch.equal(bad[good], got[good])
+        assert bad[1:2].isnan().all() and bad[4:5].isnan().all()
+    # a product that, rounded, lies halfway between two whole numbers, tells CPUs that fuse apart
+    x, eye = torch.randn(5000, 256), kernel.int8(torch.eye(256))
+    q, scale = whole(x)
+    assert torch.equal((kernel.int8_linear(x, eye).double() / scale).round(), q)
+
+def int8_experts_slow(x, mask, bundle):
+    """y, and by how much it may differ because a hidden unit lies halfway between whole numbers."""
+    (w_in, b_in, w_out, b_out, _, act), (n, rows) = bundle, whole(bundle.w_out)
+    wanted = kernel.neuron_mask(mask, bundle.offsets, len(w_in))
+    h = kernel.ACTIVATIONS[act](int8_slow(x, w_in, b_in)[0]) * rows.T
+    h = h.masked_fill(~wanted, 0)
+    q, scale = whole(h)
+    halfway = ((h / scale.clamp(min=1e-30) % 1 - 0.5).abs() < 5e-4).double()
+    return q @ n * scale + b_out, halfway @ n.abs() * scale
+
+@needs_compiler
+@pytest.mark.parametrize('act', ACTS)
+@pytest.mark.parametrize('sizes, D', [([8] * 5, 64), ([24] * 9, 20), ([8, 0, 200, 24, 16, 40], 7)])
+def test_int8_experts(sizes, D, act, poisoned):
+    for T, rho in itertools.product((0, 1, 7, 16, 17, 70), (0, 0.1, 0.5, 1.1)):
+        x, mask, b = layer(T, sizes, D, rho, act=act)
+        packed = b._replace(w_in=kernel.int8(b.w_in, b.b_in), b_in=None, b_out=None,
+                            w_out=kernel.int8(b.w_out, b.b_out, by_column=True))
+        raw = packed._replace(**{name: kernel.Int8(
+            whole(w)[0].to(torch.int8), whole(w)[1][:, 0].float(), bias, *w.shape, name == 'w_out')
+            for name, w, bias in (('w_in', b.w_in, b.b_in), ('w_out', b.w_out, b.b_out))})
+        want, slack = int8_experts_slow(x, mask, b)
+        got = kernel.experts(x, mask, packed)
+        for y in (got, kernel.experts(x, mask, raw)):
+            assert y.shape == x.shape
+            assert ((y - want).abs() <= slack + 1e-5 * want.abs() + 1e-5).all()
+        true = fp64(x, mask, b)
+        assert T == 0 or (got - true).norm() < 0.03 * true.norm()
+        close(packed.w_out.rows() * packed.w_out.scale[:, None], b.w_out, 0.02)
+        # the same bits by any number of threads, alone or among others
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(got, kernel.experts(x, mask, packed))
+            many = kernel.experts(torch.cat([x] * 10), torch.cat([mask, *[~mask] * 9]), packed)
+            assert torch.equal(got, many[:T])
+        torch.set_num_threads(1)
+        x[1:2, 0], x[4:5], good = math.nan, math.inf, [t for t in range(T) if t not in (1, 4)]
+        bad, runs = kernel.experts(x, mask, packed), mask.int() @ b.offsets.diff() > 0
+        assert torch.equal(bad[good], got[good]) and torch.equal(bad[~runs], got[~runs])
+        assert all(bad[t].isnan().all() for t in (1, 4) if t < T and runs[t])
+
+def sdpa(q, k, v, causal):
+    """(n, heads, d) of the last n tokens, (L, heads, d) -> (n, heads, d), in fp64."""
+    q, k, v = (t.double().transpose(0, 1) for t in (q, k, v))
+    n, L = q.shape[1], k.shape[1]
+    mask = torch.ones(n, L, dtype=torch.bool).tril(L - n if causal else L)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(0, 1)
+
+@needs_compiler
+@pytest.mark.parametrize('d', [8, 20, 64])
+@pytest.mark.parametrize('causal', [True, False])
+def test_attention(causal, d, poisoned):
+    for L in (1, 2, 15, 16, 17, 33):
+        torch.manual_seed(L)
+        layout = kernel.Layout.of(ragged(L), 3, L, causal)
+        q, k, v = torch.randn(3, int(layout.starts[-1]), 3, d) * 2
+        parts = [slice(*ends) for ends in itertools.pairwise(layout.starts.tolist())]
+        want, heads = torch.cat([sdpa(q[p], k[p], v[p], causal) for p in parts]), layout.heads()
+        for f in (kernel.attention, torch.inference_mode()(kernel.attention)):
+            got, only = f(q, k, v, layout), f(q[heads], k, v, layout)
+            close(got, want)
+            close(only, want[heads])
+        # a NaN reaches who looks at it: the token itself, or where it is not causal its sequence
+        reached = torch.arange(len(q)) == L - 1 if causal else torch.arange(len(q)) < L
+        for bad in (k, v):
+            bad[L - 1, :, 0] = math.nan
+            y = kernel.cpp_attention(q, k, v, layout)
+            assert torch.equal(y[~reached], got[~reached]) and y[reached][..., 0].isnan().all()
+            bad[L - 1, :, 0] = 0
+
+@needs_compiler
+@pytest.mark.parametrize('steps', [[15, 1, 1], [1] * 17, [7, 9, 1, 3]])
+def test_attention_with_a_cache(steps, poisoned):
+    (q, k, v), cache, n = torch.randn(3, 2, sum(steps), 3, 20), kernel.LayerCache(40), 0
+    for step in steps:
+        q1, k1, v1 = (t[:, n:n + step].flatten(0, 1) for t in (q, k, v))
+        n, layout = n + step, kernel.Layout.of(None, 2, step, True)
+        want = torch.stack([sdpa(q[b, n - step:n], k[b, :n], v[b, :n], True) for b in (0, 1)])
+        again = copy.deepcopy(cache)
+        close(kernel.cpp_attention(q1, k1, v1, layout, cache), want.flatten(0, 1))
+        last = kernel.cpp_attention(q1[layout.heads()], k1, v1, layout, again, only=True)
+        close(last, want[:, -1])
+        assert cache.n == again.n == n and torch.equal(cache.k[:, :, :n], again.k[:, :, :n])
+
 @pytest.mark.parametrize('cxx, why', [('no-such-compiler', 'compiler. found'), ('false', 'failed')])
 def test_without_a_compiler_torch_serves_with_one_warning(cxx, why, monkeypatch, tmp_path):
     monkeypatch.setenv('CXX', cxx)
@@ -147,17 +276,31 @@ def run_again(tests, **env):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
+CPP_TESTS = 'implementations and (few or many) or int8 or attention'
+
+def with_flags(flags):
+    """A compiler whose last word they are: -march=native would undo them."""
+    return f'''sh -c 'exec c++ "$@" {flags}' c++'''
+
 @needs_compiler
 def test_cpp_under_the_address_sanitizer(tmp_path):
     """Torch's memory comes from malloc, so the preloaded library watches every tensor."""
     library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True)
     if not os.path.isfile(library.stdout.strip()):
         pytest.skip('needs a compiler with libasan.so: GCC on Linux')
+    # every new byte is 255: floats are NaN, counts wild
     said = run_again(
-        'implementations and (few or many)', XDG_CACHE_HOME=str(tmp_path),
-        CXX='c++ -fsanitize=address,undefined -fno-sanitize-recover=undefined',
-        LD_PRELOAD=library.stdout.strip(), ASAN_OPTIONS='detect_leaks=0,verbosity=1')
-    assert '12 passed' in said and 'AddressSanitizer Init done' in said
+        CPP_TESTS, XDG_CACHE_HOME=str(tmp_path), LD_PRELOAD=library.stdout.strip(),
+        CXX=with_flags('-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined'),
+        ASAN_OPTIONS='detect_leaks=0,verbosity=1,max_malloc_fill_size=1000000000,'
+                     'malloc_fill_byte=255')
+    assert '43 passed' in said and 'AddressSanitizer Init done' in said
+
+@needs_compiler
+@pytest.mark.skipif(os.uname().machine != 'x86_64', reason='needs an x86 CPU')
+@pytest.mark.parametrize('flags', ['-mno-avx512f', '-mno-avx512f -mno-avxvnni', '-mno-avx'])
+def test_cpp_for_lesser_cpus(flags, tmp_path):
+    assert '43 passed' in run_again(CPP_TESTS, CXX=with_flags(flags), XDG_CACHE_HOME=str(tmp_path))
 
 def test_the_reference_serves_when_gradients_are_asked_for():
     x, mask, bundle = layer(7, [5, 3, 4], 6)
@@ -187,6 +330,15 @@ def test_linear_is_linear():
             assert torch.allclose(kernel.linear(x, w, b), x @ w.T + b, atol=1e-4)
             turned = w.T.contiguous().T
             assert torch.allclose(kernel.linear(x, turned), x @ w.T, atol=1e-4)
+
+def test_on_a_gpu_linear_quantises_weights_only():
+    class Away(torch.Tensor):
+        is_cpu = False
+    for dtype in (fp32, bf16):
+        x, _, bundle = layer(6, [40], 24, dtype=dtype)
+        whole, same = in_int8(bundle)
+        y = kernel.linear(x.as_subclass(Away), whole.w_in)
+        assert near(y, F.linear(x.double(), same.w_in, bundle.b_in.double())) and y.dtype == dtype
 
 @pytest.mark.parametrize('device, dtype, act, T, E, rho, want', [
     # 768 neurons in E experts
@@ -224,6 +376,10 @@ if INTERPRET:
         for tile in {tile[:4]: tile for tiles in kernel.TILES.values() for tile in tiles}.values():
             monkeypatch.setitem(kernel.TILES, ('cuda:80', 4), [tile])
             check_experts(TRITON, *layer(90, [24, 150], 40))
+        for dtype, act, T in itertools.product((fp32, bf16, fp16), ACTS, (1, 90)):
+            x, mask, bundle = layer(T, [24, 0, 150], 40, 0.7, dtype, act != 'relu', act)
+            whole, same = in_int8(bundle)
+            assert near(TRITON(x, mask, whole), fp64(x, mask, same))
 
 @needs_triton
 def test_triton_in_the_interpreter():
@@ -287,12 +443,13 @@ def test_compiles_for_gpus(target, monkeypatch):
     for dtype, act, D in [(bf16, 'relu', 80), (bf16, 'gelu', 768), (bf16, 'gelu_tanh', 768),
                           (fp32, 'relu', 80), (fp32, 'gelu_tanh', 768)]:
         x, mask, bundle = layer(300, [2] * 128, D, dtype=dtype, act=act)
-        TRITON(x[:1], mask[:1], bundle)
-        key = target, dtype.itemsize
-        for tile in kernel.TILES[key]:
-            with monkeypatch.context() as patch:
-                patch.setitem(kernel.TILES, key, [tile])
-                TRITON(x, mask, bundle)
+        for bundle, size in ((bundle, dtype.itemsize), (in_int8(bundle)[0], 1)):
+            TRITON(x[:1], mask[:1], bundle)
+            key = target, 4 if dtype == fp32 else size
+            for tile in kernel.TILES[key]:
+                with monkeypatch.context() as patch:
+                    patch.setitem(kernel.TILES, key, [tile])
+                    TRITON(x, mask, bundle)
     assert {name for name, *_ in found} == {'decode_kernel', 'dispatch_kernel', 'expert_kernel'}
     for name, options, binary in {binary.hash: (name, options, binary)
                                   for name, options, binary in found}.values():
@@ -317,6 +474,8 @@ def test_gpu(dtype):
             # the second call as the first
             for _ in range(2):
                 check_experts(functools.partial(TRITON, rho=rho), *args)
+            whole, same = in_int8(args[2])
+            assert near(TRITON(*args[:2], whole, rho), fp64(*args[:2], same))
         check_experts(TRITON, *layer(T, [0, 1, 37, 0, 150, 5, 0], 50, 0.5, dtype, device='cuda'))
 
 @needs_gpu
@@ -683,6 +842,60 @@ def test_generation_is_full_recomputation(projections, length, rule):
         idx, window = [*idx, new], [*window, new]
     assert got == idx
 
+@needs_compiler
+@pytest.mark.parametrize('config, kind, rule, tau', [
+    ({}, '', '', 0), (dict(activation='gelu'), 'norm', 'dynk', 0.4), (MLM, '', '', 0),
+    ({}, 'active', 'threshold', 0.5), (BERT, 'norm', 'dynk', 0.4),
+    (CLS, 'active', 'threshold', 0.6),
+    # what runs one operation at a time
+    ({}, 'share', 'topk', 0.4), (dict(projections='qkvo'), 'norm', 'dynk', 0.4),
+    (dict(n_embd=18), 'norm', 'dynk', 0.4), ({}, OWNERS, 'dynk', 0.4)])
+def test_int8_models(config, kind, rule, tau, poisoned):
+    m, owners = tiny(**config), kind if kind is OWNERS else None
+    if rule:
+        routed(m, owners, kind if owners is None else 'norm').set_rule(rule, tau)
+    first = copy.deepcopy(m).quantize('int8')
+    fused = kind in ('', 'norm', 'active') and not {'projections', 'n_embd'} & config.keys()
+    assert (first.fused() is not None) == fused
+    # a copy shares nothing with its original, which may go
+    q, slow = copy.deepcopy(first), copy.deepcopy(first)
+    for mlp in first.mlps():
+        mlp.w_in.w.zero_()
+    del first
+    M.FUSED[slow], encode = None, torch.inference_mode()(q.encode)
+    for idx, keep in [(tokens(3, 12), ragged(12)), (tokens(1, 7), None), (tokens(30, 12), None)]:
+        real = torch.ones_like(idx) > 0 if keep is None else keep
+        masks, few, tap = M.Masks(), M.Masks(), []
+        got, want = encode(idx, keep, tap=masks), slow.encode(idx, keep, tap=tap)
+        off = (got - want)[real].norm(dim=1) / want[real].norm(dim=1)
+        # now and then a number lies halfway between two whole ones
+        assert off.median() < 1e-4 and off.mean() < 0.01 and not got[~real].any()
+        assert (got - m.encode(idx, keep)).norm() < 0.2 * got.norm()
+        # one token of each sequence: the very same bits, by any number of threads
+        rows = real.long().cumsum(1).argmax(1) if m.config.causal else real.long().argmax(1)
+        heads = torch.arange(len(idx)), rows
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(encode(idx, keep, tap=few, only=True), got[heads])
+            assert torch.equal(encode(idx, keep), got)
+        torch.set_num_threads(1)
+        close(m.encode(idx, keep, only=True), m.encode(idx, keep)[heads])
+        for mask, t in zip(masks, tap, strict=True):
+            assert mask is t['mask'] is None or (mask != t['mask']).float().mean() < 0.01
+        # of the last block that token's alone
+        packed = torch.zeros_like(real).index_put_(heads, torch.tensor(True))
+        assert rule == '' or torch.equal(few[-1], masks[-1][packed[real]])
+        assert {mask is None or 0 < mask.float().mean() < 1 for mask in masks} == {True}
+    bf = copy.deepcopy(m).quantize('bf16').encode(idx)
+    assert bf.dtype == bf16 and (bf - got).norm() < 0.3 * got.norm()
+    if m.config.causal:
+        want = tokens(2, 5)
+        for _ in range(7):
+            want = torch.cat([want, q(want)[:, -1:].argmax(-1)], 1)
+        assert torch.equal(q.generate(want[:, :5], 7, temperature=0), want)
+    half = [0.5] * len(m.mlps())
+    assert q.flops(9, half)['router'] == m.flops(9, half)['router']
+
 # D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 40 wide or 32
 @pytest.mark.parametrize('config, rho, want', [
     ({}, None, dict(attention=2 * 8 * 256, scores=2 * 4 * 16 * 9, mlp=2 * 4 * 16 * 40, router=0,
@@ -720,7 +933,11 @@ def test_strings():
     (lambda: tiny().set_rule('dynk'), 'rule=dynk'),
     (lambda: routed(tiny()).set_rule('other'), 'rule=other'),
     (lambda: tiny().classify(['']), 'only a'), (lambda: tiny(**CLS).generate('', 1), 'only a'),
-    (lambda: tiny()(tokens(1, 13)), '13 tokens do not fit')])
+    (lambda: tiny()(tokens(1, 13)), '13 tokens do not fit'),
+    (lambda: tiny()(tokens(3, 12), ragged(12) & (tokens(3, 1) > 40), only=True), 'without a token'),
+    (lambda: tiny().quantize('int4'), 'dtype=int4'),
+    (lambda: tiny().quantize('bf16').quantize('int8'), 'dtype=int8'),
+    (lambda: routed(tiny(), kind='oracle').quantize('int8'), 'an oracle needs')])
 def test_calls_that_make_no_sense(call, says):
     with pytest.raises(ValueError, match=says):
         call()
@@ -881,7 +1098,10 @@ def test_end_to_end(finished, capsys):
     rows = rows_of(out)
     assert rows == results['rows'] and {'config', 'data', 'machine', 'activity'} <= results.keys()
     assert [r['method'] for r in rows[:2]] == ['dense', 'sparse'] and rows[0]['speedup'] > 0
-    kinds = {(r['router_loss'], r['rule']) for r in rows[2:]}
+    # at the end what is deployed: dense, and of each router the row that was picked
+    deployed = [r for r in rows if r['dtype'] == 'int8']
+    assert rows[-len(deployed):] == deployed and deployed[0]['method'] == 'dense'
+    kinds = {(r['router_loss'], r['rule']) for r in rows[2:-len(deployed)]}
     assert kinds == {('norm', 'dynk'), ('norm', 'topk'), ('active', 'threshold'),
                      ('active', 'topk'), ('oracle', 'dynk'), ('oracle', 'topk')}
     for r in rows:
@@ -936,7 +1156,8 @@ def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
         out=tmp_path)
     rows = json.load(open(tmp_path / 'seeds.json'))['rows']
-    assert [r['method'] for r in rows] == ['dense', 'sparse', 'd2dmoe', 'd2dmoe']
+    assert [r['method'] for r in rows if r['dtype'] == 'fp32'] == [
+        'dense', 'sparse', 'd2dmoe', 'd2dmoe']
     deltas = [rows_of(tmp_path / f's{seed}')[1]['delta'] for seed in (0, 1)]
     assert rows[1]['delta'] == pytest.approx(np.mean(deltas)) and rows[1]['seeds'] == 2
     assert rows[1]['delta_half'] == pytest.approx(abs(deltas[0] - deltas[1]) / 2)
@@ -1045,7 +1266,7 @@ def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     assert {r['router_loss'] for r in rows if r['file'] == paths[1]} == {'active'}
     # other settings start a table of their own, and keep the old one
     run('--phase=eval', '--eval_batches=3', '--tau=0.1', '--rule=dynk', out=spoiled)
-    assert len(rows_of(spoiled)) == 4 and len(list(spoiled.glob('results-*.json'))) == 1
+    assert len(rows_of(spoiled)) == 6 and len(list(spoiled.glob('results-*.json'))) == 1
 
 # ------------------------------------------------------------------- data
 
@@ -1246,6 +1467,8 @@ REFUSED = [
     (published(GPT2, n_classes=2), 'no classification head'),
     (published(MASKED, is_decoder=True), 'is_decoder=True'),
     (lambda folder: M.export(tiny(), HERE), 'not an empty folder'),
+    (lambda folder: M.export(tiny().quantize('int8'), folder / 'x'), 'in int8 is for inference'),
+    (lambda folder: M.save(tiny().quantize('bf16'), folder / 'm.pt'), 'in bf16 is for inference'),
     (lambda folder: moefy.expert_sizes(9, 10), 'n_experts=10: must be between 1 and the 9'),
     (lambda folder: sparsify.Distil(attn_projections='q').prepare(tiny(projections='k'), None),
      'its k are MLPs already')]

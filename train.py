@@ -108,6 +108,7 @@ class Use:
     tau: Annotated[float, '0..1'] = None    # instead of the grid; of topk the share
     floor: float = FLOOR                    # of dynk: less than it does not run; in RMS of a layer
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
+    dtype: Literal['fp32', 'bf16', 'int8'] = 'fp32'     # eval ends with int8 in any case
     prompt: str = '\n'
     n_tokens: int = 300                     # to sample
     temperature: float = 0.8
@@ -181,9 +182,9 @@ class Dense:
 
 PHASES = dict(base=Base, dense=Dense, attn=Distil, sparsify=Sparsify, moefy=Moefy, router=Route)
 # what each command takes of Use
-COMMANDS = dict(eval=('rule', 'tau', 'floor', 'eval_batches', 'router_loss'),
+COMMANDS = dict(eval=('rule', 'tau', 'floor', 'eval_batches', 'router_loss', 'dtype'),
                 sample=('rule', 'tau', 'floor', 'prompt', 'n_tokens', 'temperature', 'top_k',
-                        'router_loss', 'seed'),
+                        'router_loss', 'seed', 'dtype'),
                 export=('rule', 'tau', 'floor', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
 # what an annotation may ask for, beside a dict of choices
@@ -767,6 +768,7 @@ def sample(typed):
     refuse(not model.config.causal,
            f'--phase=sample: {path} is a BERT, which labels texts and writes none')
     generator = torch.Generator(device).manual_seed(o.seed)
+    model.quantize(o.dtype)
     print(model.generate(o.prompt, o.n_tokens, o.temperature, o.top_k, generator))
 
 def run_seeds(typed):
