@@ -924,8 +924,8 @@ def engine_worker(pipe, folder, job, threads):
                 call()
             pipe.send(dict(size=size, keys=list(calls), quality=quality_of(forward, job, held_out),
                            experts=[share_run(forward, texts[0]) for _, _, texts in tasks]))
-            while True:
-                key, most = pipe.recv()
+            while request := pipe.recv():
+                key, most = request
                 pipe.send((turn(calls[key], most), peak_memory() - before))
     except Exception as error:              # each engine has exceptions of its own
         pipe.send(reason(error))
@@ -958,18 +958,21 @@ def quality_of(forward, job, held_out):
 
 def aimed(dense, s, rho, texts, width):
     """A copy in experts of s, whose random routers run each for a share rho of the tokens."""
-    model, tap = copy.deepcopy(dense), []
+    model = copy.deepcopy(dense)
     H, mlps = dense.config.n_hidden, model.mlps()
     for mlp in mlps:
         mlp.sort_neurons(torch.arange(H), torch.arange(0, H + 1, s))
     model.config.n_experts = [H // s] * len(mlps)
     model.add_routers('active', width)
-    for inputs in texts:
-        model.encode(**inputs, tap=tap)
+    model.set_rule('threshold', 0.5)
+    # what an MLP reads depends on what those before it run
     for i, mlp in enumerate(mlps):
-        x, net = torch.cat([t['x'] for t in tap[i::len(mlps)]]), mlp.router.net
+        tap, net = [], mlp.router.net
+        for inputs in texts:
+            model.encode(**inputs, tap=tap)
+        x = torch.cat([t['x'] for t in tap[i::len(mlps)]])
         net.b2.copy_(-net.logits(x).quantile(1 - rho, dim=0))
-    return model.set_rule('threshold', 0.5)
+    return model
 
 def random_models(shape):
     """(name, {variant: model}, tasks, held-out texts: none) of a BERT and a GPT-2."""
@@ -1104,7 +1107,10 @@ def engine_times(jobs, dense, tasks, folder, turn, rounds=3):
     for i, job in itertools.product(range(rounds), list(found)):
         if job in found:
             attempt(job, f'round {i + 1}', 2, take_turn, job)
-    for process, _ in workers.values():
+    for process, pipe in workers.values():
+        with contextlib.suppress(OSError):
+            pipe.send(None)
+        process.join(5)
         process.terminate()
     return found
 
