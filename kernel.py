@@ -1566,7 +1566,7 @@ extern "C" void experts8(const Ffn* f, const float* x, const u8* mask, float* h,
         float* unit = T <= FEW ? h : own.p;
         run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
             for (i64 t = 0; t < n; t++) my.x.set(t, x + (t0 + t) * D);
-            memcpy(my.mask.data(), mask + t0 * E, n * E);
+            std::copy_n(mask + t0 * E, n * E, my.mask.begin());
             my.hidden(*f, n, unit, part, parts);
         }, [&](i64 t0, i64 n, i64 part, i64 parts) {
             my.output(*f, n, unit, y + t0 * D, part, parts);
