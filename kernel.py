@@ -1530,8 +1530,9 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
 // All T tokens through some stages, each called as stage(t0, n, part, parts): a block of tokens by
 // one thread, or few tokens by all of them, each its part of the columns.
 enum { FEW = 16, BLOCK = 64 };
-static i64 block_size(i64 T, i64 threads) {
-    return T <= FEW ? FEW : std::clamp<i64>((T + threads - 1) / threads, FEW, BLOCK);
+static i64 block_size(i64 T, i64 threads) {  // as many blocks for each thread
+    const i64 blocks = round_up((T + BLOCK - 1) / BLOCK, threads);
+    return std::max<i64>((T + blocks - 1) / std::max<i64>(blocks, 1), FEW);
 }
 static void wait() {
     #pragma omp barrier
