@@ -732,6 +732,7 @@ def int8_experts(x, mask, bundle, rho=None):
     """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
     w_in, w_out, act = bundle.w_in, bundle.w_out, bundle.act
     if w_in.w.dtype == torch.uint8:
+        assert not bundle.offsets.remainder(8).any(), 'experts are whole blocks: MLP.quantize'
         flat, mask = pad_to_8(x.float()).contiguous(), mask.contiguous()
         y = torch.zeros_like(flat)
         h, ffn = x.new_empty(FEW, w_in.N, dtype=torch.float32), c_ffn(bundle)
