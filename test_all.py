@@ -276,7 +276,7 @@ def run_again(tests, **env):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
-CPP_TESTS = '(implementations and (few or many) or int8 or attention) and not gpu'
+CPP_TESTS = '(implementations and (few or many) or int8 or attention) and not (gpu or models)'
 
 def with_flags(flags):
     """A compiler whose last word they are: -march=native would undo them."""
