@@ -241,7 +241,7 @@ class Layout(NamedTuple):
         x = x.reshape(self.B * self.L, *x.shape[2:])
         return x if self.index is None else x[self.index]
 
-    def heads(self):  # (B): of each sequence the token that a classifier reads, a GPT the last
+    def head_rows(self):  # (B): of each sequence the token that a classifier reads, a GPT the last
         return (self.starts[1:] - 1 if self.causal else self.starts[:-1]).long()
 
 class LayerCache:
@@ -264,7 +264,7 @@ class LayerCache:
 
 def attention(q, k, v, layout, cache=None, dropout=0.0):
     """k, v (T, heads, d): every token looks at those of its own sequence, a GPT's at earlier ones.
-    q as k -> (T, heads, d); or (B, heads, d), of the tokens layout.heads() alone -> as many."""
+    q as k -> (T, heads, d); or (B, heads, d), of the tokens layout.head_rows() alone -> as many."""
     only = len(q) < len(k)
     fast = q.is_cpu and not dropout and torch.is_inference_mode_enabled() and have_cpp()
     if fast and not torch.compiler.is_compiling() and q.dtype == torch.float32:
@@ -273,10 +273,13 @@ def attention(q, k, v, layout, cache=None, dropout=0.0):
     k, v = (layout.pad(t).transpose(1, 2) for t in (k, v))  # (B, heads, L, d)
     if cache is not None:
         k, v = cache.extend(k, v)
-    # A single query is the last token, and sees all.
-    causal = layout.causal and layout.mask is None and q.shape[2] > 1
+    new, past = q.shape[2], k.shape[2] - q.shape[2]
     mask = layout.mask[:, :, -1:] if only and layout.mask is not None else layout.mask
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    # A single query is the last token, and sees all; torch's own mask knows of no past.
+    causal = layout.causal and layout.mask is None and new > 1
+    if causal and past:
+        mask = torch.ones(new, past + new, dtype=torch.bool, device=q.device).tril(past)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and not past)
     return y[:, :, 0] if only else layout.pack(y.transpose(1, 2))
 
 # ----------------------------------------------------------------------------------------- Triton
@@ -533,7 +536,10 @@ def triton_experts(x, mask, bundle, rho=None):
 
 # -------------------------------------------------------------------------------------------- C++
 
-FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC']
+# Rows so small are zero in int8: their numbers would be denormal.
+TINY = 1e-30
+# What the source below shares with this file.
+FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', f'-DFEW={FEW}', f'-DTINY={TINY}f']
 # The first that compiles and loads serves.
 NATIVE = [['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
 PID = os.getpid()
@@ -610,10 +616,14 @@ def library():
         cxx = next((c for c in map(shlex.split, compilers) if shutil.which(c[0])), None)
         if cxx is None:
             raise OSError(f'no C++ compiler ({", ".join(compilers)}) found')
-        return ctypes.CDLL(compile_cpp(cxx))
+        built = ctypes.CDLL(compile_cpp(cxx))
     except OSError as error:
         why = f'building the C++ kernel failed: experts run in plain torch, slowly\n{error}'
-        warnings.warn(why)
+        return warnings.warn(why)
+    address, size = ctypes.c_void_p, ctypes.c_int64
+    built.linear8.argtypes = [address] * 3 + [size] * 2
+    built.experts8.argtypes = [address] * 5 + [size] * 2
+    return built
 
 @torch.compiler.assume_constant_result
 def have_cpp():
@@ -681,15 +691,6 @@ class Int8:
         w = w.transpose(2, 3) if self.by_column else w
         return w.transpose(1, 2).reshape(8 * w.shape[0], -1)[:self.N, :self.K]
 
-def pointers(*tensors):
-    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-
-def sizes(*numbers):
-    return [ctypes.c_int64(n) for n in numbers]
-
-# Rows so small are zero: their numbers would be denormal. The C++ kernel has it, too.
-TINY = 1e-30
-
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
     scale = x.abs().amax(-1, keepdim=True) / 127
@@ -720,8 +721,8 @@ def int8_linear(x, m):
     flat = x.reshape(-1, x.shape[-1]).float()
     if m.w.dtype == torch.uint8:
         flat, y = pad_to_8(flat).contiguous(), flat.new_empty(len(flat), m.N)
-        library().linear8(ctypes.byref(c_matrix(m)), *pointers(flat, y),
-                          *sizes(len(y), n_threads()))
+        library().linear8(ctypes.byref(c_matrix(m)), flat.data_ptr(), y.data_ptr(), len(y),
+                          n_threads())
     else:
         q, scale = whole_numbers(flat)
         y = F.linear(q, m.rows()) * (scale * m.scale)
@@ -735,9 +736,9 @@ def int8_experts(x, mask, bundle, rho=None):
         assert not bundle.offsets.remainder(8).any(), 'experts are whole blocks: MLP.quantize'
         flat, mask = pad_to_8(x.float()).contiguous(), mask.contiguous()
         y = torch.zeros_like(flat)
-        h, ffn = x.new_empty(FEW, w_in.N, dtype=torch.float32), c_ffn(bundle)
-        library().experts8(ctypes.byref(ffn), *pointers(flat, mask, h, y),
-                           *sizes(len(x), n_threads()))
+        h = flat.new_empty(FEW, w_in.N)
+        addresses = (t.data_ptr() for t in (flat, mask, h, y))
+        library().experts8(ctypes.byref(c_ffn(bundle)), *addresses, len(x), n_threads())
         return y[:, :x.shape[1]].to(x.dtype)
     a = ACTIVATIONS[act](int8_linear(x, w_in))
     a = a.masked_fill(~neuron_mask(mask, bundle.offsets, w_in.N), 0) * w_out.scale
@@ -788,7 +789,7 @@ def cpp_attention(q, k, v, layout, cache=None, only=False):
         cache.reserve(layout.B, heads, d, k)
     # the kernel finds the q of a sequence where its tokens are
     if only:
-        q = torch.empty_like(k).index_copy_(0, layout.heads(), q)
+        q = torch.empty_like(k).index_copy_(0, layout.head_rows(), q)
     q, k, v = (t.contiguous() for t in (q, k, v))
     addresses = (t.data_ptr() for t in (q, k, v))
     call = c_attention(*addresses, heads * d, y.data_ptr(), layout, heads, d, cache, only)
@@ -807,13 +808,13 @@ class Int8Blocks(NamedTuple):
 
     @staticmethod
     def of(layers):
-        array = (CLayer * len(layers))(*layers)
-        return Int8Blocks(array, layers[0].ffn.w_in.N, *(max(8, *sizes) for sizes in zip(*(
-            (layer.router_1.N, layer.router_2.N, layer.ffn.E) for layer in layers))))
+        W, R, E = (max(sizes) for sizes in zip(*(
+            (layer.router_1.N, layer.router_2.N, layer.ffn.E) for layer in layers)))
+        return Int8Blocks((CLayer * len(layers))(*layers), layers[0].ffn.w_in.N, W, R, E)
 
 def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
     """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; with `only`
-    (B, D): the last block is needed for the tokens layout.heads() alone. masks: a list that
+    (B, D): the last block is needed for the tokens layout.head_rows() alone. masks: a list that
     receives each block's (T, E), None where it has no router."""
     (T, D), d = x.shape, x.shape[1] // n_head
     for i, layer in enumerate(blocks.layers):
@@ -871,6 +872,7 @@ static int omp_get_num_threads() { return 1; }
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
+#include <numeric>
 #include <vector>
 typedef int64_t i64;
 
@@ -1370,8 +1372,10 @@ struct Matrix {  // row panel p, column block k: the 64 bytes at w + p * panel +
     i64 panels() const { return (N + 7) / 8; }
 };
 struct Rows {  // n rows of K numbers, quantised
-    i64 K; std::vector<s8> q; std::vector<float> scale; std::vector<int> sum;
-    Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n) {}
+    i64 K; std::vector<s8> q; std::vector<float> scale; std::vector<int> sum, ids;  // ids: 0 .. n-1
+    Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n), ids(n) {
+        std::iota(ids.begin(), ids.end(), 0);
+    }
     // Row t is x; list: its n blocks that are not zero, the others stay what they were
     void set(i64 t, const float* x, const int* list, i64 n) {
         v8i most = {}, total = {};  // |x| as an integer, so that a NaN is the largest
@@ -1383,7 +1387,7 @@ struct Rows {  // n rows of K numbers, quantised
         for (int i = 0; i < 8; i++) bits = std::max(bits, most[i]);
         float largest; memcpy(&largest, &bits, 4);
         const float unit = largest / 127;
-        const bool finite = bits < 0x7f800000, some = finite && unit > 1e-30f;
+        const bool finite = bits < 0x7f800000, some = finite && unit > TINY;
         for (i64 i = 0; i < n; i++) {
             const i64 k = 8 * (list ? list[i] : i);
             // Its low bits: to nearest, ties even. A product some CPUs would fuse with the sum.
@@ -1451,6 +1455,11 @@ static void product(const Matrix& m, const Rows& x, const int* rows, i64 n, i64 
         }
     }
 }
+// n rows from 0 on and the part's share of the panels
+static void product(const Matrix& m, const Rows& x, i64 n, i64 part, i64 parts, Out out) {
+    const i64 P = m.panels();
+    product(m, x, x.ids.data(), n, P * part / parts, P * (part + 1) / parts, out);
+}
 // One row over a list of blocks, as many panels at a time as there are registers
 template <int NP>
 static void sparse(const Matrix& m, const Rows& x, int row, const int* list, i64 n, i64 p, i64 p1,
@@ -1465,10 +1474,10 @@ struct Ffn {
 struct Worker {  // one thread's room for n tokens: x and h quantised, and what each token runs
     i64 n, D, H, E;
     Rows x, h;
-    std::vector<u8> mask; std::vector<int> ids, rows, some, list, count;
+    std::vector<u8> mask; std::vector<int> rows, some, list, count;
     Worker(i64 n, i64 D, i64 H, i64 E)
-        : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), ids(n), rows(n * E), some(E),
-          list(n * H / 8), count(n) { for (i64 t = 0; t < n; t++) ids[t] = t; }
+        : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), rows(n * E), some(E),
+          list(n * H / 8), count(n) {}
 
     // h (n, H): the hidden units of the chosen experts, the part's share of them; n <= this->n
     void hidden(const Ffn& f, i64 n, float* h, i64 part, i64 parts) {
@@ -1499,7 +1508,6 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     }
     // y (n, D) += h @ w_out, the part's share of the columns
     void output(const Ffn& f, i64 n, const float* unit, float* y, i64 part, i64 parts) {
-        const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
         i64 filled = 0;
         for (i64 t = 0; t < n; t++, unit += H) {
             int *blocks = &list[t * H / 8], some = 0;
@@ -1515,7 +1523,8 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             count[t] = some, filled += some;
         }
         // Sharing what is loaded pays where most blocks are wanted
-        if (filled * 8 > 0.4 * n * H) return product(f.out, h, ids.data(), n, p0, p1, {y, D, true});
+        if (filled * 8 > 0.4 * n * H) return product(f.out, h, n, part, parts, {y, D, true});
+        const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
         for (i64 t = 0; t < n; t++)
             sparse<24>(f.out, h, t, &list[t * H / 8], count[t], p0, p1, {y, D, true});
     }
@@ -1530,7 +1539,7 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
 
 // All T tokens through some stages, each called as stage(t0, n, part, parts): a block of tokens by
 // one thread, or few tokens by all of them, each its part of the columns.
-enum { FEW = 16, BLOCK = 64 };
+enum { BLOCK = 64 };
 static i64 block_size(i64 T, i64 threads) {  // as many blocks for each thread
     const i64 blocks = round_up((T + BLOCK - 1) / BLOCK, threads);
     return std::max<i64>((T + blocks - 1) / std::max<i64>(blocks, 1), FEW);
@@ -1546,14 +1555,13 @@ template <class... Stages> static void run_stages(i64 T, i64 block, Stages... st
 
 // y (T, N) = x (T, K) @ m.T + bias
 extern "C" void linear8(const Matrix* m, const float* x, float* y, i64 T, i64 threads) {
-    const i64 block = block_size(T, threads), P = m->panels();
+    const i64 block = block_size(T, threads);
     #pragma omp parallel num_threads(threads)
     {
-        Worker my(block, m->K, 0, 0);
+        Rows rows(block, m->K);
         run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-            for (i64 t = 0; t < n; t++) my.x.set(t, x + (t0 + t) * m->K);
-            product(*m, my.x, my.ids.data(), n, P * part / parts, P * (part + 1) / parts,
-                    {y + t0 * m->N, m->N, false});
+            for (i64 t = 0; t < n; t++) rows.set(t, x + (t0 + t) * m->K);
+            product(*m, rows, n, part, parts, {y + t0 * m->N, m->N, false});
         });
     }
 }
@@ -1617,7 +1625,7 @@ struct Pass {  // one thread's way through a layer
             if (m.pre_ln) norm(normed + t * D, x, true), x = normed + t * D;
             my.x.set(t, x);
         }
-        product(l->qkv, my.x, my.ids.data(), n, std::max(from, q), std::max(to, q), out);
+        product(l->qkv, my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q), out);
         i64 some = 0;
         for (i64 b = 0; b < m.a.B && only; b++) {
             const i64 t = (m.a.causal ? m.a.starts[b + 1] - 1 : m.a.starts[b]) - t0;
@@ -1627,10 +1635,8 @@ struct Pass {  // one thread's way through a layer
     }
     // x += attention's output projection
     void project(i64 t0, i64 n, i64 part, i64 parts) {
-        const i64 P = l->o.panels();
         for (i64 t = 0; t < n; t++) my.x.set(t, m.a.y + (t0 + t) * D);
-        product(l->o, my.x, my.ids.data(), n, P * part / parts, P * (part + 1) / parts,
-                {m.x + t0 * D, D, true});
+        product(l->o, my.x, n, part, parts, {m.x + t0 * D, D, true});
     }
     // What the FFN reads, and which experts each token runs
     void choose(i64 t0, i64 n, i64 part) {
@@ -1641,11 +1647,11 @@ struct Pass {  // one thread's way through a layer
         std::fill(my.mask.begin(), my.mask.end(), 1);
         if (!l->r1.w) return;
         const i64 W = l->r1.N, R = l->r2.N;
-        product(l->r1, my.x, my.ids.data(), n, 0, W / 8, {router, W, false});
+        product(l->r1, my.x, n, 0, 1, {router, W, false});
         for (i64 i = 0; i < n * W; i++) router[i] = router[i] < 0 ? 0 : router[i];
         r.K = W;
         for (i64 t = 0; t < n; t++) r.set(t, router + t * W);
-        product(l->r2, r, my.ids.data(), n, 0, l->r2.panels(), {score, R, false});
+        product(l->r2, r, n, 0, 1, {score, R, false});
         for (i64 t = 0; t < n; t++) {
             float *__restrict s = score + t * R, most = 0;
             u8* __restrict run = &my.mask[t * R];

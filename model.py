@@ -177,7 +177,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, layout, cache=None, tap=None, rows=None):
-        """x (T, D) -> (T, D), or of `rows` alone, layout.heads(): (B, D)."""
+        """x (T, D) -> (T, D), or of `rows` alone, layout.head_rows(): (B, D)."""
         y = self.attn(self.ln_1(x) if self.pre_ln else x, layout, cache, tap, rows)
         x = (x if rows is None else x[rows]) + self.drop(y)
         if self.pre_ln:
@@ -336,7 +336,7 @@ class Transformer(nn.Module):
         if fused is not None and (tap is None or isinstance(tap, Masks)):
             x = encode_int8(x, fused, layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap)
         else:
-            rows = layout.heads().to(x.device) if only else None
+            rows = layout.head_rows().to(x.device) if only else None
             for i, block in enumerate(self.blocks):
                 last = block is self.blocks[-1]
                 x = block(x, layout, cache[i] if cache else None, tap, rows if last else None)
@@ -439,15 +439,15 @@ FUSED = weakref.WeakKeyDictionary()
 def int8_blocks(model):
     layers, c = [], model.config
     for block in model.blocks:
-        router, mlp = block.mlp.router, block.mlp
+        router, routing = block.mlp.router, None
         if c.rule == 'dynk':
-            router = router.net.w1, router.net.w2, True, router.tau, router.floor
+            routing = router.net.w1, router.net.w2, True, router.tau, router.floor
         elif c.rule == 'threshold':     # of a sigmoid
             least = torch.logit(torch.tensor(router.tau, dtype=torch.float64)).item()
-            router = router.net.w1, router.net.w2, False, least, -math.inf
+            routing = router.net.w1, router.net.w2, False, least, -math.inf
         norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
-        layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, mlp.experts, norms,
-                                 router if c.rule else None))
+        layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, block.mlp.experts, norms,
+                                 routing))
     return Int8Blocks.of(layers)
 
 def projection_width(n_embd):
@@ -616,7 +616,10 @@ def peek(where):
     inside = where if os.path.isfile(where) else os.path.join(where, 'd2dmoe.pt')
     if os.path.isfile(inside):
         data = read_checkpoint(inside)
-        return Config(**data['config']), data.get('data') or {}
+        try:
+            return Config(**data['config']), data.get('data') or {}
+        except TypeError as error:
+            raise BadInput(f'{inside}: another version wrote it ({reason(error)})') from None
     c = published_config(where)[1]
     name = 'bytes' if c.vocab_size == 256 else 'gpt2' if c.causal else 'wordpiece'
     return c, dict(tokenizer=name, tokenizer_source=where)

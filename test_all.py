@@ -231,7 +231,7 @@ def test_attention(causal, d, poisoned):
         layout = kernel.Layout.of(ragged(L), 3, L, causal)
         q, k, v = torch.randn(3, int(layout.starts[-1]), 3, d) * 2
         parts = [slice(*ends) for ends in itertools.pairwise(layout.starts.tolist())]
-        want, heads = torch.cat([sdpa(q[p], k[p], v[p], causal) for p in parts]), layout.heads()
+        want, heads = torch.cat([sdpa(q[p], k[p], v[p], causal) for p in parts]), layout.head_rows()
         for f in (kernel.attention, torch.inference_mode()(kernel.attention)):
             got, only = f(q, k, v, layout), f(q[heads], k, v, layout)
             close(got, want)
@@ -252,9 +252,10 @@ def test_attention_with_a_cache(steps, poisoned):
         q1, k1, v1 = (t[:, n:n + step].flatten(0, 1) for t in (q, k, v))
         n, layout = n + step, kernel.Layout.of(None, 2, step, True)
         want = torch.stack([sdpa(q[b, n - step:n], k[b, :n], v[b, :n], True) for b in (0, 1)])
-        again = copy.deepcopy(cache)
+        again, in_torch = copy.deepcopy(cache), copy.deepcopy(cache)
+        close(kernel.attention(q1, k1, v1, layout, in_torch), want.flatten(0, 1))
         close(kernel.cpp_attention(q1, k1, v1, layout, cache), want.flatten(0, 1))
-        last = kernel.cpp_attention(q1[layout.heads()], k1, v1, layout, again, only=True)
+        last = kernel.cpp_attention(q1[layout.head_rows()], k1, v1, layout, again, only=True)
         close(last, want[:, -1])
         assert cache.n == again.n == n and torch.equal(cache.k[:, :, :n], again.k[:, :, :n])
 
