@@ -1460,12 +1460,15 @@ static void product(const Matrix& m, const Rows& x, i64 n, i64 part, i64 parts, 
     const i64 P = m.panels();
     product(m, x, x.ids.data(), n, P * part / parts, P * (part + 1) / parts, out);
 }
-// One row over a list of blocks, as many panels at a time as there are registers
+// n rows, row t over the first count[t] blocks of lists + t * stride; as many panels at a time as
+// there are registers: what all rows read of m then stays in the L2 cache
 template <int NP>
-static void sparse(const Matrix& m, const Rows& x, int row, const int* list, i64 n, i64 p, i64 p1,
-                   Out out) {
-    for (; p + NP <= p1; p += NP) multiply<1, NP>(m, x, &row, list, n, p, out);
-    if constexpr (NP > 1) sparse<(NP + 2) / 3>(m, x, row, list, n, p, p1, out);
+static void sparse(const Matrix& m, const Rows& x, const int* lists, i64 stride, const int* count,
+                   i64 n, i64 p, i64 p1, Out out) {
+    for (; p + NP <= p1; p += NP)
+        for (i64 t = 0; t < n; t++)
+            multiply<1, NP>(m, x, &x.ids[t], lists + t * stride, count[t], p, out);
+    if constexpr (NP > 1) sparse<(NP + 2) / 3>(m, x, lists, stride, count, n, p, p1, out);
 }
 struct Ffn {
     Matrix in, out; const float* fold;  // of w_out's rows: h is multiplied by it, out.scale is 1
@@ -1525,8 +1528,7 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
         // Sharing what is loaded pays where most blocks are wanted
         if (filled * 8 > 0.4 * n * H) return product(f.out, h, n, part, parts, {y, D, true});
         const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
-        for (i64 t = 0; t < n; t++)
-            sparse<24>(f.out, h, t, &list[t * H / 8], count[t], p0, p1, {y, D, true});
+        sparse<24>(f.out, h, list.data(), H / 8, count.data(), n, p0, p1, {y, D, true});
     }
     template <class F> void each_expert(const Ffn& f, i64 t, F call) {
         for (i64 e0 = 0; e0 < f.E; e0 += 8) {
@@ -1539,9 +1541,11 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
 
 // All T tokens through some stages, each called as stage(t0, n, part, parts): a block of tokens by
 // one thread, or few tokens by all of them, each its part of the columns.
-enum { BLOCK = 64 };
-static i64 block_size(i64 T, i64 threads) {  // as many blocks for each thread
-    const i64 blocks = round_up((T + BLOCK - 1) / BLOCK, threads);
+static i64 block_size(i64 T, i64 threads, i64 weights) {
+    // A block reads all the weights: the larger they are, from further away. As many blocks for
+    // each thread.
+    const i64 limit = weights > 2 << 20 ? 256 : 64;
+    const i64 blocks = round_up((T + limit - 1) / limit, threads);
     return std::max<i64>((T + blocks - 1) / std::max<i64>(blocks, 1), FEW);
 }
 static void wait() {
@@ -1555,7 +1559,7 @@ template <class... Stages> static void run_stages(i64 T, i64 block, Stages... st
 
 // y (T, N) = x (T, K) @ m.T + bias
 extern "C" void linear8(const Matrix* m, const float* x, float* y, i64 T, i64 threads) {
-    const i64 block = block_size(T, threads);
+    const i64 block = block_size(T, threads, m->N * m->K);
     #pragma omp parallel num_threads(threads)
     {
         Rows rows(block, m->K);
@@ -1568,7 +1572,7 @@ extern "C" void linear8(const Matrix* m, const float* x, float* y, i64 T, i64 th
 // y (T, D) += the FFN of x by the experts in mask (T, E); h: room for FEW tokens
 extern "C" void experts8(const Ffn* f, const float* x, const u8* mask, float* h, float* y, i64 T,
                          i64 threads) {
-    const i64 D = f->in.K, H = f->in.N, E = f->E, block = block_size(T, threads);
+    const i64 D = f->in.K, H = f->in.N, E = f->E, block = block_size(T, threads, 2 * D * H);
     #pragma omp parallel num_threads(threads)
     {
         Worker my(block, D, H, E);
@@ -1676,7 +1680,7 @@ struct Pass {  // one thread's way through a layer
 // x (T, D): embeddings -> last hidden states, or (B, D) where `only` one token of each goes on
 extern "C" void encode(const Model* model) {
     const Model& m = *model;
-    const i64 D = m.a.heads * m.a.d, block = block_size(m.T, m.a.threads);
+    const i64 D = m.a.heads * m.a.d, block = block_size(m.T, m.a.threads, 2 * D * m.H);
     #pragma omp parallel num_threads(m.a.threads)
     {
         Room room(m.a.past + m.a.longest, m.a.d);
