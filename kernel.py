@@ -687,7 +687,8 @@ class Int8:
         """The whole numbers as floats: (N, K)."""
         if self.w.dtype == torch.int8:
             return self.w.float()
-        w = self.w.view(*self.w.shape[:2], 8, 8).float() - 128
+        w = self.w.view(*self.w.shape[:2], -1, 8, library().columns()).float() - 128
+        w = w.transpose(2, 3).flatten(3)
         w = w.transpose(2, 3) if self.by_column else w
         return w.transpose(1, 2).reshape(8 * w.shape[0], -1)[:self.N, :self.K]
 
@@ -709,6 +710,7 @@ def int8(w, bias=None, by_column=False):
         return Int8(q.to(torch.int8), scale, bias, N, K, by_column)
     blocks = pad_to_8(pad_to_8(q), 0).view(-(-N // 8), 8, -(-K // 8), 8).transpose(1, 2)
     blocks = blocks.transpose(2, 3) if by_column else blocks
+    blocks = blocks.unflatten(3, (-1, library().columns())).transpose(2, 3)
     bias = pad_to_8(torch.zeros(K if by_column else N) if bias is None else bias)
     blocks = (blocks.flatten(2) + 128).to(torch.uint8)
     return Int8(blocks, pad_to_8(scale), bias, N, K, by_column)
@@ -1297,10 +1299,13 @@ typedef int8_t s8;
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef float v8f __attribute__((vector_size(32)));
 typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
-typedef s8 v8b __attribute__((vector_size(8), aligned(1), may_alias));
 
-// Narrow: 8 columns of x, for each row of a block; Wide: a block; Sum: of a panel
+// COLUMNS of a block are multiplied at a time, and lie together: (8 / COLUMNS, 8 rows, COLUMNS).
+// Whole: of x; Narrow: COLUMNS of x, for each row; Wide: of a block; Sum: of a panel;
+// TOKENS x PANELS sums fill the registers, as do LONG panels of one token
 #if defined(__AVX512VNNI__)
+enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24 };
+typedef s8 Whole;
 typedef __m512i Narrow, Wide, Sum;
 static inline Narrow narrow(const s8* x) {
     i64 v; memcpy(&v, x, 8);
@@ -1314,48 +1319,48 @@ static inline v8i total(const Sum& s) {
     return (v8i)_mm512_cvtepi64_epi32(_mm512_add_epi32(s, _mm512_srli_epi64(s, 32)));
 }
 #elif defined(__AVX2__)
-typedef __m256i Narrow;
-struct Wide { __m256i v[4]; };  // 16 bits each: two products and their sum fit into 32
-struct Sum { __m256i v[4]; };
-static inline Narrow narrow(const s8* x) {
-    return _mm256_broadcastsi128_si256(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)x)));
-}
-static inline Wide wide(const u8* w) {
-    Wide out;
-    for (int i = 0; i < 4; i++)
-        out.v[i] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * i)));
-    return out;
-}
-static inline void add(Sum& s, const Wide& w, const Narrow& x) {
+enum { TOKENS = 3, PANELS = 3, LONG = 12 };
+typedef __m256i Narrow, Wide, Sum;
 #if defined(__AVXVNNI__)
-    for (int i = 0; i < 4; i++) s.v[i] = _mm256_dpwssd_avx_epi32(s.v[i], w.v[i], x);
+enum { COLUMNS = 4 };
+typedef s8 Whole;
+static inline Wide wide(const u8* w) { return _mm256_loadu_si256((const __m256i*)w); }
+static inline void add(Sum& s, Wide w, Narrow x) { s = _mm256_dpbusd_avx_epi32(s, w, x); }
 #else
-    for (int i = 0; i < 4; i++) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(w.v[i], x));
+enum { COLUMNS = 2 };
+typedef int16_t Whole;  // two products of 16 bits and their sum fit into 32; of 8 not into 16
+static inline Wide wide(const u8* w) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w));
+}
+static inline void add(Sum& s, Wide w, Narrow x) {
+    const __m256i products = _mm256_madd_epi16(w, x);
+    __asm__("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));  // GCC would add in another order
+}
 #endif
+static inline Narrow narrow(const Whole* x) {
+    int v; memcpy(&v, x, 4);
+    return _mm256_set1_epi32(v);
 }
-static inline v8i total(const Sum& s) {
-    __m256i a = _mm256_hadd_epi32(s.v[0], s.v[1]), b = _mm256_hadd_epi32(s.v[2], s.v[3]);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return (v8i)_mm256_permutevar8x32_epi32(_mm256_hadd_epi32(a, b), order);
-}
+static inline v8i total(const Sum& s) { return (v8i)s; }
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 #include <arm_neon.h>
+enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8 };
+typedef s8 Whole;
 typedef int8x16_t Narrow;
-struct Wide { uint8x16_t v[4]; };
-struct Sum { int32x4_t v[4]; };
-static inline Narrow narrow(const s8* x) { return vcombine_s8(vld1_s8(x), vld1_s8(x)); }
-static inline Wide wide(const u8* w) {
-    return {vld1q_u8(w), vld1q_u8(w + 16), vld1q_u8(w + 32), vld1q_u8(w + 48)};
+struct Wide { uint8x16_t v[2]; };
+struct Sum { int32x4_t v[2]; };
+static inline Narrow narrow(const s8* x) {
+    int v; memcpy(&v, x, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(v));
 }
+static inline Wide wide(const u8* w) { return {vld1q_u8(w), vld1q_u8(w + 16)}; }
 static inline void add(Sum& s, const Wide& w, const Narrow& x) {
-    for (int i = 0; i < 4; i++) s.v[i] = vusdotq_s32(s.v[i], w.v[i], x);
+    for (int i = 0; i < 2; i++) s.v[i] = vusdotq_s32(s.v[i], w.v[i], x);
 }
-static inline v8i total(const Sum& s) {
-    int32x4_t part[2] = {vpaddq_s32(s.v[0], s.v[1]), vpaddq_s32(s.v[2], s.v[3])};
-    v8i out; memcpy(&out, part, 32);
-    return out;
-}
+static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #else
+enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3 };
+typedef s8 Whole;
 typedef const s8* Narrow;
 typedef const u8* Wide;
 struct Sum { int32_t v[8]; };
@@ -1366,13 +1371,15 @@ static inline void add(Sum& s, Wide w, Narrow x) {
 }
 static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #endif
+typedef Whole v8w __attribute__((vector_size(8 * sizeof(Whole)), aligned(1), may_alias));
+extern "C" i64 columns() { return COLUMNS; }
 
 struct Matrix {  // row panel p, column block k: the 64 bytes at w + p * panel + k * step
     const u8* w; const float *scale, *bias; i64 N, K, panel, step;
     i64 panels() const { return (N + 7) / 8; }
 };
 struct Rows {  // n rows of K numbers, quantised
-    i64 K; std::vector<s8> q; std::vector<float> scale; std::vector<int> sum, ids;  // ids: 0 .. n-1
+    i64 K; std::vector<Whole> q; std::vector<float> scale; std::vector<int> sum, ids;  // ids: 0 .. n-1
     Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n), ids(n) {
         std::iota(ids.begin(), ids.end(), 0);
     }
@@ -1393,7 +1400,7 @@ struct Rows {  // n rows of K numbers, quantised
             // Its low bits: to nearest, ties even. A product some CPUs would fuse with the sum.
             v8f v = *(v8u*)(x + k) / unit + 12582912.0f;
             v8i whole = some ? (v8i)v - 0x4b400000 : v8i{};
-            *(v8b*)&q[t * K + k] = __builtin_convertvector(whole, v8b);
+            *(v8w*)&q[t * K + k] = __builtin_convertvector(whole, v8w);
             total += whole;
         }
         sum[t] = 0;
@@ -1408,17 +1415,19 @@ struct Out { float* p; i64 stride; bool plus; };
 template <int NT, int NP>
 static void multiply(const Matrix& m, const Rows& x, const int* rows, const int* list, i64 n,
                      i64 p0, Out out) {
-    const s8* xs[NT];
+    const Whole* xs[NT];
     for (int t = 0; t < NT; t++) xs[t] = &x.q[rows[t] * x.K];
     Sum sum[NT][NP] = {};
     for (i64 i = 0; i < n; i++) {
         const i64 k = list ? list[i] : i;
         const u8* w = m.w + p0 * m.panel + k * m.step;
-        Narrow xk[NT];
-        for (int t = 0; t < NT; t++) xk[t] = narrow(xs[t] + 8 * k);
-        for (int p = 0; p < NP; p++) {
-            const Wide wk = wide(w + p * m.panel);
-            for (int t = 0; t < NT; t++) add(sum[t][p], wk, xk[t]);
+        for (int c = 0; c < 8; c += COLUMNS) {
+            Narrow xk[NT];
+            for (int t = 0; t < NT; t++) xk[t] = narrow(xs[t] + 8 * k + c);
+            for (int p = 0; p < NP; p++) {
+                const Wide wk = wide(w + p * m.panel + 8 * c);
+                for (int t = 0; t < NT; t++) add(sum[t][p], wk, xk[t]);
+            }
         }
     }
     #pragma GCC unroll 24
@@ -1445,12 +1454,13 @@ static void tile(i64 nt, const Matrix& m, const Rows& x, const int* rows, i64 p,
 static void product(const Matrix& m, const Rows& x, const int* rows, i64 n, i64 p0, i64 p1,
                     Out out) {
     for (i64 p = p0, np; p < p1; p += np) {
-        np = p1 - p >= 4 ? 4 : p1 - p >= 2 ? 2 : 1;
-        const i64 most = np == 4 ? 6 : 12;
+        np = p1 - p >= PANELS ? PANELS : p1 - p >= 2 ? 2 : 1;
+        const i64 most = np == PANELS ? TOKENS : 2 * TOKENS;
         for (i64 t = 0, nt; t < n; t += nt) {
             const i64 left = (n - t + most - 1) / most;
             nt = (n - t + left - 1) / left;
-            auto* f = np == 4 ? tile<6, 4> : np == 2 ? tile<12, 2> : tile<12, 1>;
+            auto* f = np == PANELS ? tile<TOKENS, PANELS> : np == 2 ? tile<2 * TOKENS, 2>
+                                                                  : tile<2 * TOKENS, 1>;
             f(nt, m, x, rows + t, p, out);
         }
     }
@@ -1521,14 +1531,14 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
                     some += (u[0] | u[1] | u[2] | u[3]) != 0;
                 }
             });
-            memset(&h.q[t * H], 0, H);
+            std::fill_n(&h.q[t * H], H, 0);
             h.set(t, unit, blocks, some);
             count[t] = some, filled += some;
         }
         // Sharing what is loaded pays where most blocks are wanted
         if (filled * 8 > 0.4 * n * H) return product(f.out, h, n, part, parts, {y, D, true});
         const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
-        sparse<24>(f.out, h, list.data(), H / 8, count.data(), n, p0, p1, {y, D, true});
+        sparse<LONG>(f.out, h, list.data(), H / 8, count.data(), n, p0, p1, {y, D, true});
     }
     template <class F> void each_expert(const Ffn& f, i64 t, F call) {
         for (i64 e0 = 0; e0 < f.E; e0 += 8) {
