@@ -8,16 +8,28 @@ The paper (and MoEfication before it) clusters the L2-normalised rows of W_in at
 With fixed sizes J = sum |x_i|^2 - sum_k |S_k|^2 / n_k, where S_k is the sum of cluster k's rows, so
 a swap of i in A with j in B lowers J by
 
-    2 (x_j - x_i) . (S_A / n_A - S_B / n_B) + |x_i - x_j|^2 (1/n_A + 1/n_B):
+    2 (x_j - x_i) . (S_A / n_A - S_B / n_B) + |x_i - x_j|^2 (1/n_A + 1/n_B)
 
-a matrix over all pairs, from two matrix products. We alternate balanced assignment and means until
-it stalls, then swap the best disjoint pairs until no swap of two neurons lowers J: 20 s on one core
-for 3072 neurons of width 768 in 128 experts. A new split is a function (mlp, n_experts, seed) ->
-the cluster of every neuron, and its name in SPLITS.
+All of it are products of rows, so the Gram matrix G = x x^T is all we take. We alternate balanced
+assignment and means until it stalls, then swap the best disjoint pairs until no swap of two neurons
+lowers J.
+
+`coactivation` is MoEfication's graph: between i and j an edge of as much weight as there are tokens
+on which both fire, cut into equal parts with the least weight between them. Let A (H, T) be 1 where
+a neuron fires. The edge weighs A_i . A_j, and the weight within cluster k is the sum over its pairs,
+
+    sum_{i<j in k} A_i . A_j = (|S_k|^2 - sum_{i in k} |A_i|^2) / 2,   S_k the sum of k's rows of A
+
+The cut is the weight of all edges, a constant, minus what lies within clusters: const - sum_k
+|S_k|^2 / 2. At n_k = s the J of the rows of A is const - sum_k |S_k|^2 / s. So the least cut *is*
+balanced k-means on the raw rows of A, and its G is the graph itself: no other partitioner is needed.
+
+A new split is a function (mlp, n_experts, seed, fires) -> the cluster of every neuron, and its name
+in SPLITS.
 
     python moefy.py out/sparse.pt out/moe.pt --n_experts=64
 
-    D n_embd · H hidden neurons · E experts · n_k size of expert k
+    D n_embd · H hidden neurons · E experts · n_k size of expert k · T tokens
 """
 
 import time
@@ -29,6 +41,8 @@ import torch.nn.functional as F
 
 from model import BadInput
 
+TOKENS = 8192                           # that tell which neurons fire together
+
 def expert_sizes(n_hidden, n_experts):
     """Sizes as equal as they get, the larger ones first: they sum to n_hidden."""
     if not 1 <= n_experts <= n_hidden:
@@ -37,11 +51,11 @@ def expert_sizes(n_hidden, n_experts):
     small, larger = divmod(n_hidden, n_experts)
     return torch.tensor([small + 1] * larger + [small] * (n_experts - larger))
 
-def objective(x, cluster, n_experts):
-    """J: the sum of squared distances to the cluster means; x (H, D), cluster (H,) in 0..E-1."""
-    sums = x.new_zeros(n_experts, x.shape[1]).index_add_(0, cluster, x)
-    counts = cluster.bincount(minlength=n_experts).clamp_min(1)
-    return (x.square().sum() - (sums.square().sum(1) / counts).sum()).item()
+def within(gram, cluster, n_experts):
+    """x_i . S_k (H, E) and |S_k|^2 (E), where S_k is the sum of the rows of cluster k."""
+    member = F.one_hot(cluster, n_experts).to(gram)
+    near = gram @ member
+    return near, (near * member).sum(0)
 
 def balanced_assignment(affinity, sizes):
     """Greedy assignment to clusters of given sizes: affinity (H, E) -> cluster (H,).
@@ -64,64 +78,69 @@ def balanced_assignment(affinity, sizes):
         free = free[cluster[free] < 0]
     return cluster
 
-def swap_until_optimal(x, cluster, sizes):
+def swap_until_optimal(gram, cluster, sizes):
     """Swap pairs of neurons until none lowers J: best pairs first, one swap a cluster and round."""
-    squares = x.square().sum(1)
-    distance = torch.addmm(squares[:, None] + squares, x, x.T, alpha=-2)                # (H, H)
-    sums = x.new_zeros(len(sizes), x.shape[1]).index_add_(0, cluster, x)                # (E, D)
-    inverse = 1.0 / sizes
+    distance = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram                    # (H, H)
+    near, inverse = within(gram, cluster, len(sizes))[0], 1.0 / sizes
     while True:
         # x_i . S_k / n_k, with k the cluster of j
-        near = ((x @ sums.T) * inverse)[:, cluster]                                     # (H, H)
-        own, half = near.diagonal(), 0.5 * inverse[cluster]
+        near_j = (near * inverse)[:, cluster]                                           # (H, H)
+        own, half = near_j.diagonal(), 0.5 * inverse[cluster]
         # by how much a swap of i and j lowers J / 2
         gain = distance * (half[:, None] + half)
-        gain += near.T
-        gain += near
+        gain += near_j.T
+        gain += near_j
         gain -= own[:, None] + own
         gain[cluster[:, None] == cluster] = 0
         best, partner = gain.max(1)
         touched = set()
         # what is above rounding
-        for i in best.argsort(descending=True)[:(best > 1e-6).sum()].tolist():
+        for i in best.argsort(descending=True)[:(best > 1e-6 * distance.max()).sum()].tolist():
             j = partner[i].item()
             a, b = cluster[i].item(), cluster[j].item()
             if not touched & {a, b}:
                 touched |= {a, b}
                 cluster[i], cluster[j] = b, a
-                sums[a] += x[j] - x[i]
-                sums[b] += x[i] - x[j]
+                change = gram[j] - gram[i]
+                near[:, a] += change
+                near[:, b] -= change
         if not touched:
             return cluster
 
-def balanced_kmeans(x, n_experts, seed=0, iterations=20):
-    """Clusters of (nearly) equal size, locally optimal under swaps: x (H, D) -> cluster (H,)."""
-    x = x.detach().float().cpu()
-    sizes = expert_sizes(len(x), n_experts)
+def balanced_kmeans(gram, n_experts, seed=0, iterations=20):
+    """Clusters of (nearly) equal size, locally optimal under swaps, of rows of which only the
+    products matter: gram (H, H) = x @ x.T -> cluster (H,)."""
+    sizes, diagonal = expert_sizes(len(gram), n_experts), gram.diagonal()
     generator = torch.Generator().manual_seed(seed)
-    centres = x[torch.randperm(len(x), generator=generator)[:n_experts]]
+    first = torch.randperm(len(gram), generator=generator)[:n_experts]
+    near, squares, counts = gram[:, first], diagonal[first], torch.ones(n_experts)
     best, best_j = None, float('inf')
     for _ in range(iterations):
         # the nearest centre has the largest
-        affinity = x @ centres.T - 0.5 * centres.square().sum(1)
+        affinity = near / counts - 0.5 * squares / counts ** 2
         cluster = balanced_assignment(affinity, sizes)
-        j = objective(x, cluster, n_experts)
+        near, squares = within(gram, cluster, n_experts)
+        counts, j = sizes, (diagonal.sum() - (squares / sizes).sum()).item()
         if j >= best_j:
             break
         best, best_j = cluster, j
-        sums = torch.zeros(n_experts, x.shape[1]).index_add_(0, cluster, x)
-        centres = sums / sizes[:, None]
-    return swap_until_optimal(x, best, sizes)
+    return swap_until_optimal(gram, best, sizes)
 
-def normalised_rows(mlp):
-    """What a neuron listens to, not how loudly: (H, D)."""
-    return F.normalize(mlp.w_in.detach().float().cpu(), dim=-1)
+def kmeans(mlp, n_experts, seed=0, fires=None):
+    """The paper's: balanced k-means on the normalised rows of w_in, what a neuron listens to, not
+    how loudly -> cluster (H,)."""
+    x = F.normalize(mlp.w_in.detach().float().cpu(), dim=-1)
+    return balanced_kmeans(x @ x.T, n_experts, seed)
 
-def kmeans(mlp, n_experts, seed=0):
-    """The paper's: balanced k-means on the normalised rows of w_in -> cluster (H,)."""
-    return balanced_kmeans(normalised_rows(mlp), n_experts, seed)
+def coactivation(mlp, n_experts, seed=0, fires=None):
+    """MoEfication's graph, cut into equal parts: fires (T, H) -> cluster (H,)."""
+    return balanced_kmeans(together(fires), n_experts, seed)
 
-def deal(mlp, n_experts, seed=0):
+def together(fires):
+    """On how many tokens two neurons both fire: (T, H) of 0 and 1 -> (H, H)."""
+    return sum(part.T @ part for part in (rows.float() for rows in fires.split(1024)))
+
+def deal(mlp, n_experts, seed=0, fires=None):
     """The control: the same sizes, neurons dealt at random -> cluster (H,)."""
     n_hidden = len(mlp.w_in)
     order = torch.randperm(n_hidden, generator=torch.Generator().manual_seed(seed))
@@ -130,15 +149,26 @@ def deal(mlp, n_experts, seed=0):
     cluster[order] = torch.arange(n_experts).repeat_interleave(sizes)
     return cluster
 
-SPLITS = dict(kmeans=kmeans, random=deal)
+SPLITS = dict(kmeans=kmeans, coactivation=coactivation, random=deal)
 
-def split_mlp(mlp, n_experts, split='kmeans', seed=0):
-    """Sort one MLP's neurons into experts, in place. Returns J of the split."""
-    x, cluster = normalised_rows(mlp), SPLITS[split](mlp, n_experts, seed)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long),
-                         cluster.bincount(minlength=n_experts).cumsum(0)])
+def split_mlp(mlp, n_experts, split='kmeans', seed=0, fires=None):
+    """Sort one MLP's neurons into experts, in place. Returns the cluster that each was in."""
+    cluster = SPLITS[split](mlp, n_experts, seed, fires)
+    offsets = F.pad(cluster.bincount(minlength=n_experts).cumsum(0), (1, 0))
     mlp.sort_neurons(cluster.argsort(stable=True).to(mlp.w_in.device), offsets)
-    return objective(x, cluster, n_experts)
+    return cluster
+
+@torch.no_grad()
+def watch(model, batches):
+    """Which neurons fire on the first TOKENS tokens: (T, H) uint8 of every MLP."""
+    seen, n = [[] for _ in model.mlps()], 0
+    while n < TOKENS:
+        tap = []
+        model.encode(**next(batches)[0], tap=tap)
+        for parts, t in zip(seen, tap):
+            parts.append((t['a'] > 0).byte().cpu())
+        n += len(tap[0]['a'])
+    return [torch.cat(parts) for parts in seen]
 
 @dataclass
 class Moefy:
@@ -149,21 +179,23 @@ class Moefy:
     expert_size: int = 0                # neurons an expert, instead of n_experts
     split: Annotated[str, SPLITS] = 'kmeans'
 
+    @property
+    def looks(self):
+        return self.split == 'coactivation'
+
     @torch.no_grad()
     def prepare(self, model, batches):
-        """Returns the objective of each MLP's split."""
-        mlps, found, began = model.mlps(), [], time.time()
+        mlps, began = model.mlps(), time.time()
+        fires = watch(model, batches) if self.looks else [None] * len(mlps)
         for i, mlp in enumerate(mlps):
             n = max(1, len(mlp.w_in) // self.expert_size) if self.expert_size else self.n_experts
             # a replaced projection is narrower than the FFNs
             if mlp not in model.ffns():
                 n = min(n, len(mlp.w_in))
-            found.append(split_mlp(mlp, n, self.split, self.seed))
+            split_mlp(mlp, n, self.split, self.seed, fires[i])
             left = (time.time() - began) / (i + 1) * (len(mlps) - i - 1)
-            print(f'moefy    mlp {i + 1}/{len(mlps)}  {n} experts  objective {found[-1]:.1f}  '
-                  f'{left:.0f} s left', flush=True)
+            print(f'moefy    mlp {i + 1}/{len(mlps)}  {n} experts  {left:.0f} s left', flush=True)
         model.config.n_experts = [len(mlp.offsets) - 1 for mlp in mlps]
-        return dict(objective=found)
 
     def parameters(self, model):
         return []                       # nothing to learn

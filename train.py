@@ -19,6 +19,7 @@ A phase is a class whose fields are its options, and it lives with its method:
     parameters(model)         what learns; [] for no loop                    a run of its own
     loss(model, batch, progress) -> loss, what to log
     report(model, batches)    optional: what to remember
+    looks                     optional: whether prepare() reads batches though nothing learns
 
 `steps` and `lr` are options with the phase's name in front. A new method is such a class and its
 place in PHASES. An option that is not typed keeps the value with which the checkpoints of the
@@ -604,7 +605,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
     done = own and own['step'] == own['steps']
     if not done:
         check_writable(path, make_folder=True)
-    if not parent or steps and not done:    # what the base learned from must not have changed
+    looks = steps or getattr(phase, 'looks', False)
+    if not parent or looks and not done:    # what the base learned from must not have changed
         corpus = open_corpus(o, os.path.dirname(source or path) or '.')
         learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
