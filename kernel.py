@@ -720,6 +720,7 @@ def int8(w, bias=None, by_column=False):
 
 def int8_linear(x, m):
     """x (..., K) -> (..., N) in fp32; x is quantised row by row, but not on a GPU."""
+    assert x.shape[-1] == m.K, f'x has {x.shape[-1]} columns, the matrix {m.K}'
     if not x.is_cpu:
         y = F.linear(x, m.w.to(x.dtype)) * m.scale
         return y if m.bias is None else y + m.bias
@@ -737,6 +738,8 @@ def int8_linear(x, m):
 def int8_experts(x, mask, bundle, rho=None):
     """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
     w_in, w_out, act = bundle.w_in, bundle.w_out, bundle.act
+    assert mask.dtype == torch.bool and mask.shape == (len(x), len(bundle.offsets) - 1)
+    assert x.shape[1] == w_in.K, f'x has {x.shape[1]} columns, w_in {w_in.K}'
     if w_in.w.dtype == torch.uint8:
         assert not bundle.offsets.remainder(8).any(), 'experts are whole blocks: MLP.quantize'
         flat, mask = pad_to_8(x.float()).contiguous(), mask.contiguous()
@@ -782,14 +785,15 @@ def int8_layer(qkv, o, bundle, norms, router=None):
 
 def c_attention(q, k, v, stride, y, layout, heads, d, cache=None, only=False):
     """q, k, v: addresses of rows `stride` floats apart; y: of the result's (T, D)."""
-    past, size = (cache.n, cache.size) if cache is not None else (0, 0)
+    past, size = (cache.n, cache.size) if cache is not None else (0, layout.L)
+    assert past + layout.L <= size, f'the cache has room for {size} tokens'
     old = (cache.k.data_ptr(), cache.v.data_ptr()) if cache is not None else (None, None)
     return CAttention(q, k, v, y, layout.starts.data_ptr(), *old, layout.B, heads,
                       d, stride, layout.L, past, size, layout.causal, only, n_threads())
 
 def cpp_attention(q, k, v, layout, cache=None, only=False):
     """`attention` on a CPU, in fp32."""
-    (T, heads, d), y = k.shape, torch.empty_like(q)
+    (T, heads, d), y = k.shape, q.new_empty(q.shape)
     if cache is not None:
         cache.reserve(layout.B, heads, d, k)
     # the kernel finds the q of a sequence where its tokens are
@@ -822,13 +826,14 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
     (B, D): the last block is needed for the tokens layout.head_rows() alone. masks: a list that
     receives each block's (T, E), None where it has no router."""
     (T, D), d = x.shape, x.shape[1] // n_head
-    for i, layer in enumerate(blocks.layers):
-        layer.k = layer.v = layer.mask = None
+    # another thread may be in the same model
+    layers = type(blocks.layers).from_buffer_copy(blocks.layers)
+    for i, layer in enumerate(layers):
         if cache:
             cache[i].reserve(layout.B, n_head, d, x)
             layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
         if masks is not None:
-            rows = layout.B if only and i == len(blocks.layers) - 1 else T
+            rows = layout.B if only and i == len(layers) - 1 else T
             routed = torch.empty(rows, layer.ffn.E, dtype=torch.bool) if layer.router_1.w else None
             masks.append(routed)
             layer.mask = None if routed is None else routed.data_ptr()
@@ -836,8 +841,8 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
     q, y, h = (room.data_ptr() + 4 * n for n in (0, 3 * T * D, 4 * T * D))
     attention = c_attention(q, q + 4 * D, q + 8 * D, 3 * D, y, layout, n_head, d,
                             cache[0] if cache else None, only)
-    model = CModel(ctypes.addressof(blocks.layers), x.data_ptr(), h, q, attention,
-                   len(blocks.layers), T, *blocks[1:], pre_ln, only, eps)
+    model = CModel(ctypes.addressof(layers), x.data_ptr(), h, q, attention, len(layers), T,
+                   *blocks[1:], pre_ln, only, eps)
     library().encode(ctypes.byref(model))
     for layer_cache in cache or ():
         layer_cache.n += layout.L
@@ -968,7 +973,8 @@ template <class V> static inline V exponential(V x) {
     V r = x - n * 0.693359375f + n * 2.12194440e-4f;
     V p = ((r * 1.9875691e-4f + 1.3981999e-3f) * r + 8.3334519e-3f) * r + 4.1665796e-2f;
     p = (p * r + 1.6666666e-1f) * r + 0.5f;
-    return (V)((U)(p * r * r + r + 1.0f) + ((U)shifted << 23));
+    V y = (V)((U)(p * r * r + r + 1.0f) + ((U)shifted << 23));
+    return x == x ? y : x;
 }
 template <class V> static inline V activate(V x, int act) {
     if (act == 0) return x < V{} ? V{} : x;  // NaN < 0 is false: relu(NaN) is NaN
@@ -1289,8 +1295,9 @@ extern "C" void attention(const Attention* a) {
 // A row of x, or of a matrix, is largest / 127 times whole numbers -127 .. 127, so that
 //     y[t, n] = scale[t] * scale[n] * (whole number) + bias[n]
 // with the same whole numbers on every CPU and in any order. A matrix (N, K) is cut into blocks of
-// 8 rows x 8 columns, 64 bytes. A stored weight is 128 more than it is, because the dot product of
-// x86 wants unsigned bytes; 128 * (sum of the row of x) is subtracted at the end.
+// 8 rows x 8 columns, 64 bytes (their order: see COLUMNS). A stored weight is 128 more than it is,
+// because the dot product of x86 wants unsigned bytes; 128 * (sum of the row of x) is subtracted
+// at the end.
 //   multiply: all arithmetic there is. NT tokens x NP panels of 8 rows stay in registers along the
 //             columns: all of them (a linear, the head, an expert's hidden units), or a list of
 //             the blocks in which h is not zero (an FFN's output, after routing and ReLU).
@@ -1305,9 +1312,9 @@ typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 
 // COLUMNS of a block are multiplied at a time, and lie together: (8 / COLUMNS, 8 rows, COLUMNS).
 // Whole: of x; Narrow: COLUMNS of x, for each row; Wide: of a block; Sum: of a panel;
-// TOKENS x PANELS sums fill the registers, as do LONG panels of one token
+// TOKENS x PANELS sums fill the registers, as do LONG panels of one token; SURPLUS: of a weight
 #if defined(__AVX512VNNI__)
-enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24 };
+enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SURPLUS = 128 };
 typedef s8 Whole;
 typedef __m512i Narrow, Wide, Sum;
 static inline Narrow narrow(const s8* x) {
@@ -1322,7 +1329,7 @@ static inline v8i total(const Sum& s) {
     return (v8i)_mm512_cvtepi64_epi32(_mm512_add_epi32(s, _mm512_srli_epi64(s, 32)));
 }
 #elif defined(__AVX2__)
-enum { TOKENS = 3, PANELS = 3, LONG = 12 };
+enum { TOKENS = 3, PANELS = 3, LONG = 12, SURPLUS = 128 };
 typedef __m256i Narrow, Wide, Sum;
 #if defined(__AVXVNNI__)
 enum { COLUMNS = 4 };
@@ -1337,7 +1344,8 @@ static inline Wide wide(const u8* w) {
 }
 static inline void add(Sum& s, Wide w, Narrow x) {
     const __m256i products = _mm256_madd_epi16(w, x);
-    __asm__("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));  // GCC would add in another order
+    // GCC would add in another order, for which there are too few registers
+    __asm__("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));
 }
 #endif
 static inline Narrow narrow(const Whole* x) {
@@ -1345,24 +1353,27 @@ static inline Narrow narrow(const Whole* x) {
     return _mm256_set1_epi32(v);
 }
 static inline v8i total(const Sum& s) { return (v8i)s; }
-#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
-enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8 };
+enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SURPLUS = 0 };
 typedef s8 Whole;
 typedef int8x16_t Narrow;
-struct Wide { uint8x16_t v[2]; };
+struct Wide { int8x16_t v[2]; };
 struct Sum { int32x4_t v[2]; };
 static inline Narrow narrow(const s8* x) {
     int v; memcpy(&v, x, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(v));
 }
-static inline Wide wide(const u8* w) { return {vld1q_u8(w), vld1q_u8(w + 16)}; }
+static inline int8x16_t without_128(const u8* w) {
+    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), vdupq_n_u8(128)));
+}
+static inline Wide wide(const u8* w) { return {without_128(w), without_128(w + 16)}; }
 static inline void add(Sum& s, const Wide& w, const Narrow& x) {
-    for (int i = 0; i < 2; i++) s.v[i] = vusdotq_s32(s.v[i], w.v[i], x);
+    for (int i = 0; i < 2; i++) s.v[i] = vdotq_s32(s.v[i], w.v[i], x);
 }
 static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #else
-enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3 };
+enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SURPLUS = 128 };
 typedef s8 Whole;
 typedef const s8* Narrow;
 typedef const u8* Wide;
@@ -1382,7 +1393,8 @@ struct Matrix {  // row panel p, column block k: the 64 bytes at w + p * panel +
     i64 panels() const { return (N + 7) / 8; }
 };
 struct Rows {  // n rows of K numbers, quantised
-    i64 K; std::vector<Whole> q; std::vector<float> scale; std::vector<int> sum, ids;  // ids: 0 .. n-1
+    i64 K; std::vector<Whole> q; std::vector<float> scale;
+    std::vector<int> sum, ids;  // ids: 0 .. n-1
     Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n), ids(n) {
         std::iota(ids.begin(), ids.end(), 0);
     }
@@ -1440,7 +1452,7 @@ static void multiply(const Matrix& m, const Rows& x, const int* rows, const int*
         #pragma GCC unroll 12
         for (int t = 0; t < NT; t++) {
             const int r = rows[t];
-            v8f y = __builtin_convertvector(total(sum[t][p]) - 128 * x.sum[r], v8f);
+            v8f y = __builtin_convertvector(total(sum[t][p]) - SURPLUS * x.sum[r], v8f);
             y = y * (x.scale[r] * scale) + bias;
             float* to = out.p + r * out.stride + j;
             if (width == 8) *(v8u*)to = out.plus ? *(v8u*)to + y : y;
@@ -1458,12 +1470,12 @@ static void product(const Matrix& m, const Rows& x, const int* rows, i64 n, i64 
                     Out out) {
     for (i64 p = p0, np; p < p1; p += np) {
         np = p1 - p >= PANELS ? PANELS : p1 - p >= 2 ? 2 : 1;
-        const i64 most = np == PANELS ? TOKENS : 2 * TOKENS;
+        const i64 most = np == PANELS ? TOKENS : np == 2 ? 3 * TOKENS / 2 : 2 * TOKENS;
         for (i64 t = 0, nt; t < n; t += nt) {
             const i64 left = (n - t + most - 1) / most;
             nt = (n - t + left - 1) / left;
-            auto* f = np == PANELS ? tile<TOKENS, PANELS> : np == 2 ? tile<2 * TOKENS, 2>
-                                                                  : tile<2 * TOKENS, 1>;
+            auto* f = np == PANELS ? tile<TOKENS, PANELS> : np == 2 ? tile<3 * TOKENS / 2, 2>
+                                                                    : tile<2 * TOKENS, 1>;
             f(nt, m, x, rows + t, p, out);
         }
     }
@@ -1559,7 +1571,7 @@ static i64 block_size(i64 T, i64 threads, i64 weights) {
     // each thread.
     const i64 limit = weights > 2 << 20 ? 256 : 64;
     const i64 blocks = round_up((T + limit - 1) / limit, threads);
-    return std::max<i64>((T + blocks - 1) / std::max<i64>(blocks, 1), FEW);
+    return T <= FEW ? FEW : (T + blocks - 1) / blocks;
 }
 static void wait() {
     #pragma omp barrier
@@ -1698,7 +1710,7 @@ extern "C" void encode(const Model* model) {
     {
         Room room(m.a.past + m.a.longest, m.a.d);
         Buffer own(block * m.H);
-        Pass my(m, block);
+        Pass my(m, std::max<i64>(block, FEW));  // which `only` may leave
         i64 T = m.T;
         for (i64 i = 0; i < m.n_layer; i++) {
             const Layer& l = m.layers[i];

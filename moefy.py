@@ -16,13 +16,13 @@ lowers J.
 
 `coactivation` is MoEfication's graph: between i and j an edge of as much weight as there are tokens
 on which both fire, cut into equal parts with the least weight between them. Let A (H, T) be 1 where
-a neuron fires. The edge weighs A_i . A_j, and the weight within cluster k is the sum over its pairs,
+a neuron fires. The edge weighs A_i . A_j, so the weight within cluster k is, over its pairs,
 
     sum_{i<j in k} A_i . A_j = (|S_k|^2 - sum_{i in k} |A_i|^2) / 2,   S_k the sum of k's rows of A
 
 The cut is the weight of all edges, a constant, minus what lies within clusters: const - sum_k
 |S_k|^2 / 2. At n_k = s the J of the rows of A is const - sum_k |S_k|^2 / s. So the least cut *is*
-balanced k-means on the raw rows of A, and its G is the graph itself: no other partitioner is needed.
+balanced k-means on the raw rows of A, and its G is the graph itself: no other partitioner needed.
 
 A new split is a function (mlp, n_experts, seed, fires) -> the cluster of every neuron, and its name
 in SPLITS.
