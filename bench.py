@@ -139,13 +139,14 @@ def jobs_of(entries, o):
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
     oracle = [(e, 'oracle') for e in routed[:1] if o.dtype == 'fp32']
     for e, kind in [(e, e.kind) for e in routed] + oracle:
-        for rule in dict.fromkeys([o.rule] if o.rule else [ROUTERS[kind].rule, 'topk']):
+        usual = ROUTERS[kind].rule
+        for rule in dict.fromkeys([usual, o.rule or 'topk']):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
     return jobs
 
 def quantised_jobs(entries, rows):
     """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
-    wanted = [rows[0]] + [r for (kind, rule), r in picked(rows).items()
+    wanted = [rows[0]] + [r for (_, kind, rule), r in picked(rows).items()
                           if kind != 'oracle' and rule == ROUTERS[kind].rule]
     names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor'
     return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
@@ -272,14 +273,9 @@ def evaluate(entries, batches, o, settings, folder, device):
 
     def measure(e, what):
         key = tuple(what.values())
-        if key in found:
-            return
-        model = model_for(e, what, loaded, device)
-        found[key] = finished_row(e, what, model, dense, batches)
-        if e is entries[1] and what['dtype'] == 'fp32':
-            tap = []                        # texts come by length: one of the middle
-            model.encode(**batches[len(batches) // 2][0], tap=tap)
-            results['activity'] = sparsity_statistics(tap)
+        if key not in found:
+            model = model_for(e, what, loaded, device)
+            found[key] = finished_row(e, what, model, dense, batches)
 
     mine, rank = {e.hash for e in entries}, {}
     for e, what in jobs:
@@ -297,6 +293,11 @@ def evaluate(entries, batches, o, settings, folder, device):
         return [r for i, r in enumerate(rows_so_far())
                 if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
                 and r['dtype'] in dtypes]
+    if results['activity'] is None:
+        tap = []                            # texts come by length: one of the middle
+        sparse = build(entries[1].data, entries[1].path).to(device)
+        sparse.encode(**batches[len(batches) // 2][0], tap=tap)
+        results['activity'] = sparsity_statistics(tap)
     try:
         for job in jobs:
             measure(*job)
@@ -320,10 +321,12 @@ COLUMNS = [('experts', 'experts', 9, '.1%'), ('FLOPs', 'flops', 8, '.1%'),
 def print_table(rows, columns=COLUMNS):
     """A line for each row; columns without a figure are left out, means have half their spread."""
     columns = [c for c in columns if any(r[c[1]] is not None for r in rows)]
-    print(f'{"method":8s}{"router":>8s}{"tau":>10s}{"dtype":>6s}'
+    names = [label(r, rows) for r in rows]
+    wide = max(8, 1 + max(map(len, names)))
+    print(f'{"method":{wide}s}{"router":>8s}{"tau":>10s}{"dtype":>6s}'
           + ''.join(f'{title:>{width}}' for title, _, width, _ in columns))
-    for r in rows:
-        line = f'{r["method"]:8s}{r["router_loss"] or "-":>8s}{setting(r):>10s}{r["dtype"]:>6s}'
+    for name, r in zip(names, rows):
+        line = f'{name:{wide}s}{r["router_loss"] or "-":>8s}{setting(r):>10s}{r["dtype"]:>6s}'
         for _, name, width, form in columns:
             text = '-' if r[name] is None else f'{r[name]:{form}}'
             if r.get(f'{name}_half') is not None:
@@ -354,12 +357,12 @@ def report(rows, curve_rows, activity, folder):
     else:
         print('none')
     print()
-    for (name, rule), curve in routed.items():
-        control = routed.get((name, 'topk'), ())
+    for (path, name, rule), curve in routed.items():
+        control = routed.get((path, name, 'topk'), ())
         gap = flops_gap(curve, control) if rule != 'topk' and len(control) > 1 else []
         if gap:
-            print(f'{name} {rule} against top-k at equal FLOPs: loss {np.mean(gap):+.2%} on '
-                  f'average, {max(gap):+.2%} at worst, over {len(gap)} points')
+            print(f'{label(curve[0], curve_rows)} {name} {rule} against top-k at equal FLOPs: loss '
+                  f'{np.mean(gap):+.2%} on average, {max(gap):+.2%} at worst, over {len(gap)} points')
     for r in rows:
         for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype'] and all(
                 f[name] == r[name] for name in ('checkpoint', 'router_loss', 'rule', 'tau'))):
@@ -370,16 +373,22 @@ def report(rows, curve_rows, activity, folder):
           + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
 
 def curves(rows):
-    """{(router, rule): its rows} of the routed ones."""
+    """{(file, router, rule): its rows} of the routed ones."""
     out = {}
     for r in rows:
         if r['rule']:
-            out.setdefault((r['router_loss'], r['rule']), []).append(r)
+            out.setdefault((r['file'], r['router_loss'], r['rule']), []).append(r)
     return out
 
+def label(r, rows):
+    """How a table names a row's model: by its method, or its file where that is not enough."""
+    files = {x['file'] for x in rows if x['method'] == r['method']
+             and x['router_loss'] == r['router_loss'] and 'file' in x}
+    return Path(r['file']).stem if len(files) > 1 else r['method']
+
 def picked(rows):
-    """{(router, rule): its cheapest row within 1 % of dense by the half that is not reported}: of
-    the loss, or of the accuracy where texts are labelled."""
+    """{(file, router, rule): its cheapest row within 1 % of dense by the half that is not
+    reported}: of the loss, or of the accuracy where texts are labelled."""
     dense = rows[0]
     if dense['metric'] == 'accuracy':
         fits = [r for r in rows if r['accuracy_pick'] >= 0.99 * dense['accuracy_pick']]
@@ -442,15 +451,17 @@ def plot_rows(rows, path):
 
     def change(r):                          # in % of dense
         return 100 * (r[metric] / dense[metric] - 1)
-    for (name, rule), curve in curves(rows).items():
+    for (_, name, rule), curve in curves(rows).items():
         axes.plot([100 * r['flops'] for r in curve], [change(r) for r in curve], marker='o', ms=3,
-                  ls='--' if rule == 'topk' else '-', label=f'{name}, {rule}')
+                  ls='--' if rule == 'topk' else '-',
+                  label=f'{label(curve[0], rows)} {name}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='dense')
     axes.axhline(change(rows[1]), color='grey', lw=0.8, label='sparse, all experts on')
     # what is far off would squeeze the rest onto zero
+    near = [change(r) for r in rows if abs(change(r)) < 6] + [-0.5, 0.5]
     save_picture(axes, path, xlabel='FLOPs of the whole model, routers included (% of dense)',
                  ylabel=f'{metric} against dense (%)',
-                 ylim=(-2, 6) if metric == 'loss' else (-8, 2))
+                 ylim=(min(near) - 0.2, max(near) + 0.2))
     return f'; {path} shows it'
 
 def plot_layers(rows, path):
@@ -592,8 +603,9 @@ def layer_rows(o, shape, layers, x, cases, roof, dtype):
         limit = base / max(flops * rho / roof['peak'], moved / roof['bandwidth'])
         seconds = times[suite, s, rho]
         row = dict(suite=suite, T=T, D=shape.D, H=shape.H, expert_size=s, rho=rho,
-                   dtype=str(dtype)[6:], impl=o.impl or 'auto', ms=1e3 * seconds,
-                   router_ms=1e3 * times[s], dense_ms={k: 1e3 * t for k, t in dense.items()},
+                   dtype=str(dtype)[6:], impl='cpp' if dtype == torch.int8 else o.impl or 'auto',
+                   ms=1e3 * seconds, router_ms=1e3 * times[s],
+                   dense_ms={k: 1e3 * t for k, t in dense.items()},
                    speedup=base / seconds, speedup_with_router=base / (seconds + times[s]),
                    limit=limit, of_limit=base / seconds / limit)
         rows.append(row)
@@ -1012,7 +1024,7 @@ def checkpoint_models(o):
     if not c.rule or o.tau is not None:
         # what the sweep picked, if there was one
         usual, rows = ROUTERS[c.router_loss].rule, read_results(folder).get('rows')
-        found = picked(rows).get((c.router_loss, usual)) if rows else None
+        found = picked(rows).get((o.checkpoint, c.router_loss, usual)) if rows else None
         tau = o.tau if o.tau is not None else found['tau'] if found else 0.1
         model.set_rule(c.rule or usual, tau, FLOOR)
     options.batch_size, options.eval_batches = (8, 8) if c.causal else (32, 64)
@@ -1125,22 +1137,22 @@ def engine_rows(name, found, tasks, causal):
                        if j[:3] == job[:3] and (only and not causal) in a['quality']]
             t = statistics.median(seconds)
             rows.append(dict(
-                suite='engines', model=name, engine=job.engine, dtype=job.dtype, batch=batch,
-                variant=job.variant + f', {head}' * only, task=task, ms=1e3 * t, per_s=n / t,
-                quality=quality[0] if quality else None, weight_bytes=answer['size'],
-                experts=answer['experts'][i], peak_bytes=answer['peak'],
-                threads=torch.get_num_threads()))
+                suite='engines', model=name, engine=job.engine.split()[0],
+                variant=job.variant.split(',')[0], dtype=job.dtype, batch=batch, task=task,
+                ms=1e3 * t, per_s=n / t, quality=quality[0] if quality else None,
+                weight_bytes=answer['size'], experts=answer['experts'][i],
+                peak_bytes=answer['peak'], threads=torch.get_num_threads(), only=only,
+                program=(job.engine, job.variant + f', {head}' * only, job.dtype)))
     base = {}
     for r in rows:
-        if r['engine'] == 'ours' and r['dtype'] == 'fp32' and r['variant'].startswith('dense'):
+        if (r['engine'], r['variant'], r['dtype']) == ('ours', 'dense', 'fp32'):
             base.setdefault((r['task'], r['batch']), r['ms'])
     for r in rows:
         r['speedup'] = base[r['task'], r['batch']] / r['ms']
     titles = ''.join(f'{f"{task} x {batch}, ms":>16}  speedup' for task, batch in base)
     print(f'\n{name}\n{"engine":22s}{"variant":29s}{"dtype":6s}{titles}   experts   quality'
           '  weights MB  peak MB')
-    for program, group in itertools.groupby(
-            rows, lambda r: (r['engine'], r['variant'], r['dtype'])):
+    for program, group in itertools.groupby(rows, lambda r: r['program']):
         r, *others = group
         cells = {(x['task'], x['batch']): f'{x["ms"]:.2f}{x["speedup"]:9.2f}'
                  for x in (r, *others)}
@@ -1183,6 +1195,8 @@ def run(o, shape=Shape()):
         raise BadInput('--impl=triton needs triton and a GPU; leave it out to use what is here')
     if o.suite != 'engines' and (o.checkpoint or o.tau is not None):
         raise BadInput('--checkpoint and its --tau are for --suite=engines')
+    if o.impl and o.suite not in ('layer', 'peers') or o.plot and o.suite != 'layer':
+        raise BadInput(f'--suite={o.suite} takes no --impl (layer, peers) and no --plot (layer)')
     if o.plot:
         new_axes()
     for path in filter(None, (o.json, o.plot)):
@@ -1193,7 +1207,7 @@ def run(o, shape=Shape()):
     if o.json:
         lines = ''.join(json.dumps(row) + '\n' for row in rows)
         write_atomically(o.json, lambda t: Path(t).write_text(lines))
-    if o.plot and o.suite == 'layer':
+    if o.plot:
         plot_layers(rows, o.plot)
     return rows
 

@@ -281,8 +281,8 @@ class Transformer(nn.Module):
                 self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
             for mlp in self.mlps():
                 mlp.quantize()
-                # of other networks than the two-layer ones nothing is known
-                for i in '12' if mlp.router is not None and hasattr(mlp.router.net, 'w1') else ():
+                two = mlp.router is not None and self.config.router_loss in TWO_LAYERS
+                for i in '12' if two else ():
                     quantize(mlp.router.net, f'w{i}', f'b{i}')
             for block in self.blocks if not self.config.projections else ():
                 block.attn.quantize()
@@ -291,6 +291,10 @@ class Transformer(nn.Module):
                     quantize(linear)
         self.dtype = dtype
         return self.eval().requires_grad_(False)
+
+    def _apply(self, *args):            # .to(), .bfloat16(): weights move
+        FUSED.pop(self, None)
+        return super()._apply(*args)
 
     def fused(self):
         """The blocks as encode_int8 takes them: plain projections, and no router but the two-layer
@@ -435,6 +439,8 @@ class Transformer(nn.Module):
 
 # Of each model in int8 its fused(): pointers, which a copy of the model must not share.
 FUSED = weakref.WeakKeyDictionary()
+# routers of two matrices, w1 and w2: of other networks nothing is known
+TWO_LAYERS = 'norm', 'active', 'share'
 
 def int8_blocks(model):
     layers, c = [], model.config
@@ -503,6 +509,10 @@ def tokenizer(about, causal):
             enc = transformers().AutoTokenizer.from_pretrained(source).backend_tokenizer
         enc.no_padding()
         enc.no_truncation()
+    except BadInput:
+        raise
+    except ImportError as error:
+        raise BadInput(f'tokenizer {name}: pip install {error.name}') from None
     except Exception as error:          # no network, no cache, no such file: each has its own
         raise BadInput(f'the tokenizer {name} {source or ""} can be neither found nor downloaded '
                        f'({reason(error)}); offline, fill its cache (TIKTOKEN_CACHE_DIR), give a '
@@ -604,6 +614,7 @@ def load(where, n_classes=0, dtype='fp32'):
             raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
         state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
         D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
+        (data.get('data') or {}).pop('classes', None)            # they were others
         for name, n in dict(pooler=D, classifier=n_classes).items():
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
             state.setdefault(f'{name}.bias', torch.zeros(n))

@@ -236,6 +236,9 @@ def test_attention(causal, d, poisoned):
             got, only = f(q, k, v, layout), f(q[heads], k, v, layout)
             close(got, want)
             close(only, want[heads])
+        # however they lie in memory
+        turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
+        assert torch.equal(kernel.cpp_attention(*turned, layout), got)
         # a NaN reaches who looks at it: the token itself, or where it is not causal its sequence
         reached = torch.arange(len(q)) == L - 1 if causal else torch.arange(len(q)) < L
         for bad in (k, v):
@@ -243,6 +246,10 @@ def test_attention(causal, d, poisoned):
             y = kernel.cpp_attention(q, k, v, layout)
             assert torch.equal(y[~reached], got[~reached]) and y[reached][..., 0].isnan().all()
             bad[L - 1, :, 0] = 0
+        # whatever the bits of a NaN
+        for bits in (0x7fc00001, -1):
+            k[L - 1, 0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+            assert kernel.cpp_attention(q, k, v, layout)[reached][:, 0].isnan().all()
 
 @needs_compiler
 @pytest.mark.parametrize('steps', [[15, 1, 1], [1] * 17, [7, 9, 1, 3]])
@@ -258,6 +265,8 @@ def test_attention_with_a_cache(steps, poisoned):
         last = kernel.cpp_attention(q1[layout.head_rows()], k1, v1, layout, again, only=True)
         close(last, want[:, -1])
         assert cache.n == again.n == n and torch.equal(cache.k[:, :, :n], again.k[:, :, :n])
+    with pytest.raises(AssertionError, match='room for 40 tokens'):
+        kernel.cpp_attention(*torch.zeros(3, 60, 3, 20), kernel.Layout.of(None, 2, 30, True), cache)
 
 @pytest.mark.parametrize('cxx, why', [('no-such-compiler', 'compiler. found'), ('false', 'failed')])
 def test_without_a_compiler_torch_serves_with_one_warning(cxx, why, monkeypatch, tmp_path):
@@ -277,7 +286,9 @@ def run_again(tests, **env):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
-CPP_TESTS = '(implementations and (few or many) or int8 or attention) and not (gpu or models)'
+# of whole models a GPT and a BERT
+CPP_TESTS = ('(implementations and (few or many) or int8 or attention) and not gpu '
+             'and not (models and not (config1 or config3))')
 
 def with_flags(flags):
     """A compiler whose last word they are: -march=native would undo them."""
@@ -913,7 +924,7 @@ def test_int8_models(config, kind, rule, tau, poisoned):
         off = (got - want)[real].norm(dim=1) / want[real].norm(dim=1)
         # now and then a number lies halfway between two whole ones
         assert off.median() < 1e-4 and off.mean() < 0.01 and not got[~real].any()
-        assert (got - m.encode(idx, keep)).norm() < 0.2 * got.norm()
+        assert (got - m.encode(idx, keep)).norm() < 0.3 * got.norm()
         # one token of each sequence: the very same bits, by any number of threads
         rows = real.long().cumsum(1).argmax(1) if m.config.causal else real.long().argmax(1)
         heads = torch.arange(len(idx)), rows
@@ -1244,8 +1255,15 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     monkeypatch.setitem(moefy.SPLITS, 'halves', halves)
     train.print_help()
     assert '--shrink_steps' in (said := capsys.readouterr().out) and 'a word about it' in said
-    run('--phase=shrink', '--pull=0.1', out=spoiled)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop = lambda *args: signal.raise_signal(signal.SIGTERM) or kept(*args)
+        kept = Shrink.loss
+        patch.setattr(Shrink, 'loss', stop)
+        run('--phase=shrink', '--pull=0.1', out=spoiled)
+    assert M.read_checkpoint(spoiled / 'shrunk.pt')['step'] == 1
+    run('--phase=shrink', out=spoiled)
     assert options(spoiled / 'shrunk.pt')['pull'] == 0.1
+    assert 'going on at step 1 of 6' in capsys.readouterr().out
     length = {name: sum(t.norm() for t in weights(spoiled / f'{name}.pt').values() if t.dim() > 1)
               for name in ('sparse', 'shrunk')}
     assert length['shrunk'] < length['sparse']
@@ -1256,6 +1274,8 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     run('--phase=moefy', '--split=halves', '--overwrite=1', out=spoiled)
     old, new = (weights(spoiled / f'{name}.pt')['blocks.0.mlp.w_in'] for name in ('sparse', 'moe'))
     assert torch.equal(new, torch.cat([old[e::16] for e in range(16)]))
+    run('--phase=router', '--overwrite=1', out=spoiled)
+    assert 'halves' in {r['split'] for r in run('--phase=eval', out=spoiled)['rows']}
 
 def test_typed_options_against_finished_phases(spoiled, capsys):
     # of this phase or of one before: refused, or run again on demand

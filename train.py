@@ -182,11 +182,13 @@ class Dense:
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
 PHASES = dict(base=Base, dense=Dense, attn=Distil, sparsify=Sparsify, moefy=Moefy, router=Route)
-# what each command takes of Use
-COMMANDS = dict(eval=('rule', 'tau', 'floor', 'eval_batches', 'router_loss', 'dtype'),
-                sample=('rule', 'tau', 'floor', 'prompt', 'n_tokens', 'temperature', 'top_k',
-                        'router_loss', 'seed', 'dtype'),
-                export=('rule', 'tau', 'floor', 'to', 'router_loss'))
+# what each command takes, eval beside what made the checkpoints
+WHERE = 'phase', 'preset', 'out_dir', 'seeds'
+COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
+                      'dtype', 'batch_size'),
+                sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'prompt', 'n_tokens',
+                        'temperature', 'top_k', 'router_loss', 'seed', 'dtype'),
+                export=(*WHERE, 'rule', 'tau', 'floor', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
 # what an annotation may ask for, beside a dict of choices
 RANGES = {'0,1,2': ('different whole numbers, a comma between them',
@@ -279,14 +281,18 @@ def check(typed, explicit):
     refuse(o.phase not in (*PHASES, *COMMANDS, 'all'),
            f'--phase={o.phase}: must be all, {", ".join((*COMMANDS, *PHASES))}')
     refuse(not o.out_dir, '--out_dir=: give a folder')
-    used = {*own_options(Command), *COMMANDS.get('eval' if o.phase == 'all' else o.phase, ())}
+    used = {*COMMANDS.get('eval' if o.phase == 'all' else o.phase, ())}
     if not one_model:
         phases = ancestors(o.phase) if o.phase in PHASES else PHASES
-        used = used.union(LOOP, *map(own_options, phases))
+        used = used.union(*map(own_options, phases))
+    if o.phase not in COMMANDS:
+        used = used.union(LOOP, own_options(Command))
     if o.seeds:
         used.discard('seeds' if one_model else 'seed')
     for name in sorted(explicit - used):
         raise BadInput(f'--{name}: --phase={o.phase} does not use it; leave it out')
+    refuse('floor' in explicit and o.rule not in ('', 'dynk'),
+           f'--floor: --rule={o.rule} has none; leave it out')
     bert = o.arch == 'bert'
     refuse(is_labelled(o.data) != bert and o.data != 'stdlib' or o.val and not is_labelled(o.data),
            f'--data={o.data}: --arch=bert, and only it, learns from labelled texts (and their '
@@ -543,11 +549,11 @@ def places(name, value, folder):
     cls = PHASES[name]
     sources = [os.path.join(folder, f'{stem}.pt') for stem in cls.reads]
     source = next(filter(os.path.isfile, sources), sources[-1] if sources else '')
-    for path, data in siblings(folder).items() if value else ():
-        if data['phase'] == name and data['options'][cls.each] == value:
+    first, own = (os.path.join(folder, f'{cls.writes}{end}.pt') for end in ('', f'-{value}'))
+    for path in (first, own) if value else ():
+        if os.path.exists(path) and read_phase(path)['options'].get(cls.each) == value:
             return source, path
-    path = os.path.join(folder, f'{cls.writes}.pt')
-    return source, path.replace('.pt', f'-{value}.pt') if value and os.path.exists(path) else path
+    return source, own if value and os.path.exists(first) else first
 
 def resolve(name, typed, value, source, path):
     """(options, parent, own): what a phase runs with, what it starts from, and its own checkpoint
