@@ -824,6 +824,28 @@ def test_sparsify(kind, projections):
         shares.append(sparsify.zeros(tap))
     assert shares[1] > shares[0] + 0.1 or act == 'gelu'
 
+@pytest.mark.parametrize('config', [{}, CLS])
+def test_distillation_by_hand(config, tmp_path):
+    m, idx = tiny(**config), tokens(3, 7)
+    targets = idx if m.config.causal else torch.tensor([0, 2, 1])
+    phase = sparsify.Sparsify(sparsity_weight=0.0, distil=0.7)
+    phase.folder = tmp_path
+    with pytest.raises(M.BadInput, match='--phase=dense'):
+        phase.prepare(m, None)
+    teacher = tiny(**config).requires_grad_(True)
+    with torch.no_grad():
+        teacher.wte.weight *= 1.5
+    M.save(teacher, tmp_path / 'dense.pt')
+    assert phase.prepare(m, None)['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
+    mine, soft = (model(idx).flatten(0, -2) for model in (m, teacher))
+    p, q = ((t / 2).softmax(-1) for t in (soft, mine))
+    apart = (p * (p / q).log()).sum(-1).mean()
+    hard = -mine.log_softmax(-1)[torch.arange(len(mine)), targets.flatten()].mean()
+    loss, log = phase.loss(m, (dict(idx=idx), targets), 1.0)
+    close(loss, 0.3 * hard + 0.7 * 4 * apart)
+    # the label's own loss is what is shown
+    close(log['task'], hard)
+
 def test_statistics_by_hand():
     tap = [dict(a=torch.tensor([[0, 8, -0.7, 0.05], [4, -4, 0, 0.003]])), dict(a=torch.ones(3, 5))]
     assert sparsify.statistics(tap) == [[0.25, 0.625, 0.5, 0.375], [0, 0, 0, 0]]

@@ -600,7 +600,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
     o, parent, own = resolve(name, typed, value, source, path)
     options = own_options(name)
     phase = cls(**{f.name: getattr(o, option) for option, f in options.items()})
-    phase.seed = o.seed
+    phase.seed, phase.folder = o.seed, os.path.dirname(source or path) or '.'
     if hasattr(phase, 'wanted') and not phase.wanted():
         refuse(typed.get('phase') == name,
                f'--phase={name} needs one of --{", --".join(options)} that asks for it')
