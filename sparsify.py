@@ -31,11 +31,13 @@ relative to the original's size, so that one weight of the penalty suits all (th
 """
 
 import copy
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from model import MLP, BadInput, checkpoint_hash, cross_entropy, load, projection_width
@@ -83,9 +85,46 @@ def statistics(tap):
     return out
 
 @dataclass
+class Prune:
+    """The control: remove the neurons that do least, equally many in every FFN, and train on."""
+    reads = ('base',)
+    writes = 'pruned'
+    looks = True
+    steps: int = 130
+    lr: float = 1e-3
+    prune: Annotated[float, '0..1'] = 0.0   # share of the neurons to remove; 0: no such phase
+    prune_by: Literal['activation', 'output'] = 'activation'     # mean |a|, or |a| |w_out|
+
+    def wanted(self):
+        return self.prune > 0
+
+    @torch.no_grad()
+    def prepare(self, model, batches):
+        n = max(1, round((1 - self.prune) * model.config.n_hidden))
+        taps = []
+        for batch in itertools.islice(batches, 8):
+            model.encode(**batch[0], tap=(tap := []))
+            taps.append([t['a'].abs().mean(0) for t in tap])
+        for mlp, means in zip(model.mlps(), zip(*taps)):
+            if mlp not in model.ffns():
+                continue
+            does = sum(means) * (mlp.w_out.norm(dim=1) if self.prune_by == 'output' else 1)
+            stay = does.topk(n).indices.sort().values
+            for name in ('w_in', 'b_in', 'w_out'):
+                setattr(mlp, name, nn.Parameter(getattr(mlp, name)[stay]))
+            mlp.offsets = mlp.offsets.new_tensor([0, n])
+        model.config.n_hidden = n
+
+    def parameters(self, model):
+        return model.parameters()
+
+    def loss(self, model, batch, progress):
+        return model.loss(batch), {}
+
+@dataclass
 class Sparsify:
     """ReLU for GELU, then task loss + alpha(t) * penalty."""
-    reads = ('attn', 'base')
+    reads = ('attn', 'pruned', 'base')
     writes = 'sparse'
     steps: int = 130                    # of dense, too
     lr: float = 1e-3                    # of dense, too
@@ -146,7 +185,7 @@ def as_mlp(linear):
 @dataclass
 class Distil:
     """MLPs of the same cost instead of attention projections, each distilled by itself."""
-    reads = ('base',)
+    reads = ('pruned', 'base')
     writes = 'attn'
     steps: int = 150
     lr: float = 1e-3

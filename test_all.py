@@ -846,6 +846,22 @@ def test_distillation_by_hand(config, tmp_path):
     # the label's own loss is what is shown
     close(log['task'], hard)
 
+@pytest.mark.parametrize('by', ['activation', 'output'])
+def test_pruning_keeps_the_neurons_that_do_most(by):
+    m, batch = tiny(projections='v'), dict(idx=tokens(4, 12))
+    slow, tap, phase = copy.deepcopy(m), [], sparsify.Prune(prune=0.6, prune_by=by)
+    m.encode(**batch, tap=tap)
+    phase.prepare(m, ((batch, None) for _ in itertools.count()))
+    for mlp, was, t in zip(m.mlps(), slow.mlps(), tap):
+        does = [t['a'][:, i].abs().mean() * (was.w_out[i].norm() if by == 'output' else 1)
+                for i in range(len(was.w_in))]
+        gone = sorted(range(len(does)), key=does.__getitem__)[:24 if len(does) == 40 else 0]
+        was.w_out[gone] = 0.0
+        stay = [i for i in range(len(does)) if i not in gone]
+        assert torch.equal(mlp.w_in, was.w_in[stay]) and mlp.offsets.tolist() == [0, len(stay)]
+    close(m(**batch), slow(**batch))
+    assert m.config.n_hidden == 16 and m.flops(12)['mlp'] == 0.4 * slow.flops(12)['mlp']
+
 def test_statistics_by_hand():
     tap = [dict(a=torch.tensor([[0, 8, -0.7, 0.05], [4, -4, 0, 0.003]])), dict(a=torch.ones(3, 5))]
     assert sparsify.statistics(tap) == [[0.25, 0.625, 0.5, 0.375], [0, 0, 0, 0]]
@@ -1161,6 +1177,21 @@ def finished_bert(labelled, tmp_path_factory):
     out = tmp_path_factory.mktemp('bert') / 'out'
     return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--dropout=0.1',
                     '--activation=gelu', out=out)
+
+def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
+    run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',
+        '--split=coactivation', '--router_loss=active', '--tau=0.2', out=tmp_path)
+    rows = rows_of(tmp_path)
+    assert {'pruned.pt', 'sparse.pt'} <= set(os.listdir(tmp_path))
+    model, dense = (M.load(tmp_path / f'{name}.pt') for name in ('d2dmoe', 'dense'))
+    assert model.config.n_hidden == 0.75 * dense.config.n_hidden
+    sparse = M.read_checkpoint(tmp_path / 'sparse.pt')
+    assert sparse['metrics']['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
+    assert sparse['parent'] == M.checkpoint_hash(tmp_path / 'pruned.pt')
+    # the pruned FFN is counted as what it is
+    share = 1 - 0.25 * dense.flops(16)['mlp'] / dense.flops(16)['total']
+    assert rows[1]['flops'] == pytest.approx(share, abs=0.01)
+    assert {r['split'] for r in rows if r['method'] == 'd2dmoe'} == {'coactivation'}
 
 @pytest.fixture
 def spoiled(finished, tmp_path):

@@ -60,7 +60,7 @@ from model import (BadInput, Config, Transformer, build, check_writable, checkpo
                    write_atomically)
 from moefy import Moefy
 from router import GRID, FLOOR, ROUTERS, Route
-from sparsify import Distil, Sparsify
+from sparsify import Distil, Prune, Sparsify
 
 # -------------------------------------------------------------------------------------- options
 
@@ -181,7 +181,8 @@ class Dense:
     lr: float = Sparsify.lr
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
-PHASES = dict(base=Base, dense=Dense, attn=Distil, sparsify=Sparsify, moefy=Moefy, router=Route)
+PHASES = dict(base=Base, dense=Dense, prune=Prune, attn=Distil, sparsify=Sparsify, moefy=Moefy,
+              router=Route)
 # what each command takes, eval beside what made the checkpoints
 WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
