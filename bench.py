@@ -40,7 +40,7 @@ import kernel
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
                    cross_entropy, export_plain, load, n_tokens, pad, read_checkpoint, reason, save,
                    transformers, write_atomically)
-from router import FLOOR, GRID, ROUTERS, Router
+from router import CEILINGS, FLOOR, GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
 # -------------------------------------------------------------------------------------- measuring
@@ -127,8 +127,8 @@ def entries(found, paths=()):
 
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
-    a rule of their own run with top-k, too: it is the control. The oracle replaces the first
-    converted one's routers. Dense in fp32 always comes first."""
+    a rule of their own run with top-k, too: it is the control. Ceilings replace the first converted
+    one's routers. Dense in fp32 always comes first."""
     def job(e, kind=None, rule=None, tau=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
@@ -137,8 +137,10 @@ def jobs_of(entries, o):
     jobs, routed = [job(e) for e in entries if not e.kind], [e for e in entries if e.kind]
     if o.dtype != 'fp32':
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
-    oracle = [(e, 'oracle') for e in routed[:1] if o.dtype == 'fp32']
-    for e, kind in [(e, e.kind) for e in routed] + oracle:
+    # MoEfication's beside its router
+    ceilings = [(e, 'truth') for e in routed if e.kind == 'share'][:1]
+    ceilings = [(e, 'oracle') for e in routed[:1]] + ceilings if o.dtype == 'fp32' else []
+    for e, kind in [(e, e.kind) for e in routed] + ceilings:
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or 'topk']):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
@@ -147,7 +149,7 @@ def jobs_of(entries, o):
 def quantised_jobs(entries, rows):
     """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
     wanted = [rows[0]] + [r for (_, kind, rule), r in picked(rows).items()
-                          if kind != 'oracle' and rule == ROUTERS[kind].rule]
+                          if kind not in CEILINGS and rule == ROUTERS[kind].rule]
     names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor'
     return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
             for r in wanted for e in entries if e.hash == r['checkpoint']]
@@ -241,14 +243,14 @@ def model_for(e, what, loaded, device):
         print(f'eval     {e.path}  {kind or ""}  {what["dtype"]}', flush=True)
         loaded.clear()
         model = build(e.data, e.path).to(device)
-        if kind == 'oracle':
-            model.add_routers('oracle', 0)
+        if kind in CEILINGS:
+            model.add_routers(kind, 0)
         loaded[key] = model.quantize(what['dtype'])
     return loaded[key].set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
 
 def finished_row(e, what, model, dense, batches):
     row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
-    if what['router_loss'] == 'oracle':     # a ceiling: it costs nothing, and cannot be timed
+    if what['router_loss'] in CEILINGS:     # they cost nothing, and cannot be timed
         row |= dict(ms_per_1k_tokens=None, speedup=None)
     if phase == 'dense' and what['dtype'] == 'fp32':             # dense against itself
         row['speedup'] = 1.0
@@ -362,7 +364,7 @@ def report(rows, curve_rows, activity, folder):
         gap = flops_gap(curve, control) if rule != 'topk' and len(control) > 1 else []
         if gap:
             print(f'{label(curve[0], curve_rows)} {name} {rule} against top-k at equal FLOPs: loss '
-                  f'{np.mean(gap):+.2%} on average, {max(gap):+.2%} at worst, over {len(gap)} points')
+                  f'{np.mean(gap):+.2%} on average, {max(gap):+.2%} at worst, {len(gap)} points')
     for r in rows:
         for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype'] and all(
                 f[name] == r[name] for name in ('checkpoint', 'router_loss', 'rule', 'tau'))):

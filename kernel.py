@@ -171,11 +171,15 @@ def fastest_linear(rows, shape, contiguous, dtype):
 def neuron_mask(mask, offsets, n_hidden):  # (T, E) -> (T, H)
     return mask.repeat_interleave(offsets.diff().long(), -1, output_size=n_hidden)
 
+def masked(a, mask, offsets):
+    """a (T, H) where mask (T, E) is true, else 0; times mask, where that is being learned."""
+    wide = neuron_mask(mask, offsets, a.shape[1])
+    return a * wide if wide.is_floating_point() else a.masked_fill(~wide, 0)
+
 def reference(x, mask, bundle):
     """The definition of `experts`, differentiable: computes everything and masks it."""
     w_in, b_in, w_out, b_out, offsets, act = bundle
-    dropped = ~neuron_mask(mask, offsets, len(w_in))
-    a = ACTIVATIONS[act](F.linear(x, w_in, b_in)).masked_fill(dropped, 0)  # (T, H)
+    a = masked(ACTIVATIONS[act](F.linear(x, w_in, b_in)), mask, offsets)  # (T, H)
     return F.linear(a, w_out.t(), b_out)
 
 def dense_masked(x, mask, bundle, rho=None):
@@ -749,7 +753,7 @@ def int8_experts(x, mask, bundle, rho=None):
         library().experts8(ctypes.byref(c_ffn(bundle)), *addresses, len(x), n_threads())
         return y[:, :x.shape[1]].to(x.dtype)
     a = ACTIVATIONS[act](int8_linear(x, w_in))
-    a = a.masked_fill(~neuron_mask(mask, bundle.offsets, w_in.N), 0) * w_out.scale
+    a = masked(a, mask, bundle.offsets) * w_out.scale
     q, scale = whole_numbers(a)
     y = q @ w_out.rows() * scale
     return (y if w_out.bias is None else y + w_out.bias).to(x.dtype)

@@ -29,8 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
-                    encode_int8, experts, int8, int8_layer, linear, neuron_mask, pad_to_8)
-from router import FLOOR, GRID, Router
+                    encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
+from router import CEILINGS, FLOOR, GRID, Router
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
@@ -113,7 +113,7 @@ class MLP(nn.Module):
         if isinstance(self.w_in, Int8):
             return experts(x, mask, self.experts)
         if mask is not None:
-            a = a.masked_fill(~neuron_mask(mask, self.offsets, len(self.w_in)), 0)
+            a = masked(a, mask, self.offsets)
         return linear(a, self.w_out.t(), self.b_out)
 
     @torch.no_grad()
@@ -275,8 +275,8 @@ class Transformer(nn.Module):
         if dtype == 'bf16':
             self.bfloat16()
         if dtype == 'int8' and self.dtype == 'fp32':
-            if self.config.router_loss == 'oracle':
-                raise ValueError('int8: an oracle needs the weights in fp32')
+            if self.config.router_loss in CEILINGS:
+                raise ValueError(f'int8: {self.config.router_loss} needs the weights in fp32')
             if self.config.head in ('lm', 'mlm'):
                 self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
             for mlp in self.mlps():
@@ -591,6 +591,10 @@ def build(data, path='checkpoint'):
     try:
         with torch.device('meta'):
             model = Transformer(Config(**data['config']))
+            for i, block in enumerate(model.blocks):             # neurons may have gone
+                for name in ('w_in', 'b_in', 'w_out'):
+                    shape = data['model'][f'blocks.{i}.mlp.{name}'].shape
+                    setattr(block.mlp, name, nn.Parameter(torch.empty(shape)))
         model.load_state_dict(data['model'], assign=True)
     except Exception as error:          # whatever a foreign config does to the modules
         raise BadInput(f'{path}: its tensors do not fit its config, or another version wrote it '
@@ -757,14 +761,15 @@ def read_published(where, n_classes=0):
 
 def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
-    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections, which no plain model
-    has, only that. BadInput if the folder is there and not empty."""
+    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections or FFNs of different
+    sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
     check_fp32(model, folder)
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise BadInput(f'{folder}: is not an empty folder; give another')
-        if not model.config.projections:
+        sizes = {len(mlp.w_in) for mlp in model.ffns()}
+        if not model.config.projections and sizes == {model.config.n_hidden}:
             export_plain(model, folder)
     except OSError as error:
         raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None

@@ -32,14 +32,19 @@ in SPLITS.
     D n_embd · H hidden neurons · E experts · n_k size of expert k · T tokens
 """
 
+import functools
+import math
 import time
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
+from kernel import linear
 from model import BadInput
+from router import Router
 
 TOKENS = 8192                           # that tell which neurons fire together
 
@@ -199,6 +204,123 @@ class Moefy:
 
     def parameters(self, model):
         return []                       # nothing to learn
+
+# --------------------------------------------------------------------------------- learned masks
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)
+ALPHA = 3.0                             # log alpha at the start: all masks are ones
+SPEED = 100                             # of log alpha and the multipliers, in learning rates
+BINARY = 0.8                            # share of the run after which masks are 0 or 1, and stay
+
+class SoftMasks(nn.Module):
+    """K masks over an MLP's neurons while they are being learned, in the place of its router: every
+    neuron is an expert, run as much as the token's masks say."""
+    rule, rho = 'soft', None
+
+    def __init__(self, mlp, n_masks, chosen):
+        super().__init__()
+        H, D = mlp.w_in.shape
+        self.w = nn.Parameter(torch.randn(n_masks, D) * 0.02)
+        self.alpha = nn.Parameter(torch.full((n_masks, H), ALPHA / SPEED))
+        self.chosen, self.binary, self.density = chosen, False, None
+
+    def net(self, x):                   # (T, D) -> (T, K)
+        return linear(x, self.w).softmax(-1)
+
+    def values(self):
+        """The masks (K, H), and how likely each value is not 0."""
+        log_alpha = SPEED * self.alpha
+        if self.binary or not self.training:
+            z = stretched(log_alpha.sigmoid())
+            return ((z >= 0.5).float(),) * 2 if self.binary else (z, (z > 0).float())
+        u = torch.rand_like(log_alpha).clamp(1e-6, 1 - 1e-6)
+        z = stretched(((u.log() - (1 - u).log() + log_alpha) / BETA).sigmoid())
+        return z, (log_alpha - BETA * math.log(-GAMMA / ZETA)).sigmoid()
+
+    def choose(self, p):                # (T, K) -> (T, H)
+        best = p.topk(self.chosen, -1)
+        # 1 forward, the probability backward
+        gates = 1 + best.values - best.values.detach()           # (T, chosen)
+        z, likely = self.values()
+        self.density = union(gates, likely, best.indices).mean()
+        return union(gates, z, best.indices)
+
+def stretched(s):
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+def union(gates, masks, indices):
+    """The largest of the chosen masks: gates, indices (T, k), masks (K, H) -> (T, H)."""
+    parts = [gates[:, i, None] * masks[indices[:, i]] for i in range(gates.shape[1])]
+    return functools.reduce(torch.maximum, parts)
+
+@dataclass
+class LearnMasks:
+    """Mixture-of-Masks: learned masks over neurons, of which every token takes some."""
+    reads = ('base',)
+    writes = 'masks'
+    steps: int = 130
+    lr: float = 1e-3
+    n_masks: int = 0                    # of an FFN, at most 8; 0: no such phase
+    masks_chosen: Annotated[int, '> 0'] = 1     # by each token
+    mask_ratio: Annotated[float, '0..1'] = 0.3  # share of the neurons to run
+    mask_ramp: Annotated[float, '0..1'] = 0.5   # share of the run over which it falls from 1
+
+    def wanted(self):
+        return self.n_masks > 0
+
+    def prepare(self, model, batches):
+        if not self.masks_chosen <= self.n_masks <= 8:
+            raise BadInput(f'--n_masks={self.n_masks}: at most 8, of which --masks_chosen='
+                           f'{self.masks_chosen} are taken')
+        for mlp in model.ffns():
+            mlp.router = SoftMasks(mlp, self.n_masks, self.masks_chosen)
+            mlp.offsets = torch.arange(len(mlp.w_in) + 1, dtype=torch.int32)
+        model.multipliers = nn.Parameter(torch.zeros(2))
+
+    def parameters(self, model):
+        return model.parameters()
+
+    def loss(self, model, batch, progress):
+        routers = [mlp.router for mlp in model.ffns()]
+        for router in routers:
+            router.binary = progress > BINARY
+        task = model.loss(batch)
+        log = dict(task=task.detach())
+        if progress > BINARY:
+            return task, log
+        ramp = min(1.0, progress / self.mask_ramp) if self.mask_ramp else 1.0
+        over = torch.stack([r.density for r in routers]).mean() - 1 + ramp * (1 - self.mask_ratio)
+        # the multipliers climb where everything else descends
+        linear_, square = SPEED * (2 * model.multipliers.detach() - model.multipliers)
+        return task + linear_ * over + square * over ** 2, log
+
+    @torch.no_grad()
+    def finish(self, model):
+        """Neurons of the same masks become an expert, those of none go. Returns for every FFN how
+        many neurons are shared, token-specific and redundant."""
+        del model.multipliers
+        found, c = [], model.config
+        for i, mlp in enumerate(model.ffns()):
+            soft, H = mlp.router, len(mlp.w_in)
+            masks = (stretched((SPEED * soft.alpha).sigmoid()) >= 0.5).T        # (H, K)
+            patterns, cluster = masks.unique(dim=0, return_inverse=True)
+            if not patterns[0].any():   # the first, if it is there
+                stay, patterns = masks.any(1), patterns[1:]
+                for name in ('w_in', 'b_in', 'w_out'):
+                    setattr(mlp, name, nn.Parameter(getattr(mlp, name)[stay]))
+                cluster = cluster[stay] - 1
+            offsets = F.pad(cluster.bincount().cumsum(0), (1, 0))
+            mlp.sort_neurons(cluster.argsort(stable=True), offsets)
+            mlp.router = Router('masks', mlp, patterns.T.contiguous(), 0)
+            mlp.router.net.w.copy_(soft.w)
+            shared = int(masks.all(1).sum())
+            found.append((shared, len(mlp.w_in) - shared, H - len(mlp.w_in)))
+            print(f'masks    ffn {i}: {shared} shared, {found[-1][1]} token-specific, '
+                  f'{found[-1][2]} redundant')
+        c.router_loss, c.router_width = 'masks', 0
+        c.n_experts = [len(mlp.offsets) - 1 for mlp in model.mlps()]
+        c.n_outputs = [self.n_masks] * len(c.n_experts)
+        return dict(neurons=found)
 
 if __name__ == '__main__':
     import train

@@ -13,9 +13,12 @@ so the exact norms need no (T, R, D) tensor. A rule then turns the scores of a t
     active   sigmoid(W2 relu(W1 x + b1) + b2)  BCE on |out_r| >= 5 % of the largest  threshold
     share    sigmoid(W2 tanh(W1 x / |x|))      BCE on the share of activation        topk
                                                (MoEfication, as its authors do it)
+    masks    softmax(W x)                      the task (moefy.py, learned masks)    topk
     oracle   |out_r| / RMS itself              nothing: the ceiling of every router  dynk
+    truth    share of activation itself        nothing: MoEfication's ceiling        topk
 
-RMS is the root mean square of the norms in a layer. A new kind is a class and its name in ROUTERS.
+RMS is the root mean square of the norms in a layer. MoEfication's parameter centres, experts by the
+cosine of x and the mean of their rows of W_in, are `share` with --router_steps=0. A new kind is a class and its name in ROUTERS.
 
     python router.py out/moe.pt out/d2dmoe.pt --router_loss=norm
 
@@ -178,6 +181,17 @@ class Share(nn.Module):
         target = total / total.max().clamp_min(1e-9)
         return F.binary_cross_entropy_with_logits(self.logits(seen.x), target)
 
+class Choice(nn.Module):
+    """Which of the learned masks a token takes; the phase that learns them trains it, too."""
+    rule = 'topk'
+
+    def __init__(self, mlp, owners, width):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(n_outputs(mlp, owners), mlp.w_in.shape[1]) * 0.02)
+
+    def forward(self, x):                   # (T, D) -> (T, R)
+        return linear(x, self.w).softmax(-1)
+
 class Oracle(nn.Module):
     """The true norms: no router can do better on the same experts. It has nothing to learn."""
     rule = 'dynk'
@@ -193,7 +207,16 @@ class Oracle(nn.Module):
         a = ACTIVATIONS[self.experts.act](linear(x, self.experts.w_in, self.experts.b_in))
         return expert_norms(a, self.grams) / self.scale
 
-ROUTERS = dict(norm=Norm, active=Active, share=Share, oracle=Oracle)
+class Truth(Oracle):
+    """MoEfication's ground truth: the sum of the positive activations of an expert."""
+    rule = 'topk'
+
+    def forward(self, x):
+        a = ACTIVATIONS[self.experts.act](linear(x, self.experts.w_in, self.experts.b_in))
+        return (F.relu(a)[:, self.grams.index] * self.grams.valid).sum(-1)
+
+ROUTERS = dict(norm=Norm, active=Active, share=Share, masks=Choice, oracle=Oracle, truth=Truth)
+CEILINGS = 'oracle', 'truth'            # they look at what they would have to predict
 
 class Router(nn.Module):
     """What stands in front of an MLP: a kind's scores, a rule, and who owns which slice."""

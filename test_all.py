@@ -692,6 +692,9 @@ def test_routers(kind, rule, falls_to, owners):
         # in units of what the router before it has seen
         close(oracle(t['x']), norms, 1e-4)
         close(R.Oracle(mlp, owners, 0)(t['x']), norms / scale, 1e-4)
+        total = [t['a'][:, slow_neurons(mlp, [r])].clamp_min(0).sum(1)
+                 for r in range(norms.shape[1])]
+        close(R.Truth(mlp, owners, 0)(t['x']), torch.stack(total, 1), 1e-4)
     close(loss, want, 1e-4)
     if kind == 'share':                     # starts at the cluster centres
         rows = sum(F.normalize(mlp.w_in[i], dim=0) for i in slow_neurons(mlp, [1]))
@@ -786,6 +789,71 @@ def test_moefy_sorts_the_neurons_and_changes_nothing(split, options, n_experts):
         # every neuron is there once, with its bias and its output
         new, was = (torch.cat([p.w_in, p.b_in[:, None], p.w_out], 1).tolist() for p in (mlp, was))
         assert sorted(new) == sorted(was)
+
+# -------------------------------------------------------------------------------------- masks
+
+def test_hard_concrete_by_its_formulas():
+    """Louizos et al. 2018: samples, how often they are not 0, and what is used at test time."""
+    torch.manual_seed(0)
+    m = tiny(n_hidden=40)
+    soft = moefy.SoftMasks(m.blocks[0].mlp, 3, 2).train()
+    with torch.no_grad():
+        soft.alpha.copy_(torch.linspace(-4, 4, 120).view(3, 40) / moefy.SPEED)
+    draws = [soft.values() for _ in range(2000)]
+    zs, likely = torch.stack([z for z, _ in draws]), draws[0][1]
+    assert 0 <= zs.min() and zs.max() <= 1 and ((zs == 0).any() and (zs == 1).any())
+    log_alpha = torch.linspace(-4, 4, 120).view(3, 40)
+    close(likely, torch.sigmoid(log_alpha - 2 / 3 * math.log(0.1 / 1.1)))
+    assert ((zs > 0).float().mean(0) - likely).abs().max() < 0.05
+    close(soft.eval().values()[0], (log_alpha.sigmoid() * 1.2 - 0.1).clamp(0, 1))
+    # a token's neurons: the largest of its masks
+    p = torch.rand(5, 3).softmax(-1)
+    z = soft.values()[0]
+    want = torch.stack([z[row.topk(2).indices].amax(0) for row in p])
+    close(soft.choose(p), want)
+    close(soft.density, (want > 0).float().mean())
+
+@pytest.mark.parametrize('chosen', [1, 2])
+def test_learned_masks_become_experts(chosen):
+    """What is trained with binary masks is what runs: shared neurons, some tokens', none's."""
+    m, (idx, batch) = tiny(n_hidden=43), (tokens(3, 12), (dict(idx=tokens(3, 12)), tokens(3, 12)))
+    phase = moefy.LearnMasks(n_masks=3, masks_chosen=chosen)
+    phase.prepare(m, None)
+    fit(m, phase, batch, 1e-2)
+    with torch.no_grad():                   # of every kind
+        for mlp in m.ffns():
+            pattern = torch.randint(0, 8, (43,))
+            bits = torch.stack([pattern >> k & 1 for k in range(3)])
+            mlp.router.alpha.copy_((bits * 2 - 1) / moefy.SPEED * 3)
+            mlp.router.w.normal_()
+    want = []
+    for mlp in m.ffns():
+        mlp.router.binary = True
+        masks = mlp.router.values()[0].bool()
+        want.append((int(masks.all(0).sum()), 43 - int(masks.all(0).sum() + (~masks.any(0)).sum()),
+                     int((~masks.any(0)).sum())))
+    with torch.enable_grad():
+        slow = m.requires_grad_(True)(idx)
+    density = torch.stack([mlp.router.density for mlp in m.ffns()])
+    assert phase.finish(m.requires_grad_(False))['neurons'] == want
+    m.set_rule('topk', chosen / 3)
+    close(m(idx, tap=(tap := [])), slow)
+    close(m(idx), slow)
+    sizes = [t['mask'].float() @ mlp.offsets.diff().float() for t, mlp in zip(tap, m.ffns())]
+    assert torch.stack([s.mean() / 43 for s in sizes]).allclose(density, atol=1e-5)
+    assert copy.deepcopy(m).quantize('int8')(idx).isfinite().all()
+
+def test_masks_reach_their_ratio():
+    m, phase = tiny(), moefy.LearnMasks(n_masks=4, mask_ratio=0.4, mask_ramp=0.3)
+    m.train()
+    phase.prepare(m, None)
+    batch, parameters = (dict(idx=tokens(8, 12)), tokens(8, 12)), list(phase.parameters(m))
+    optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in parameters], lr=3e-3)
+    for step in range(150):
+        phase.loss(m, batch, 0.8 * step / 150)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(sum(mlp.router.density for mlp in m.ffns()) / 2 - 0.4) < 0.1
 
 # -------------------------------------------------------------------------------------- sparsify
 
@@ -1029,7 +1097,7 @@ def test_strings():
     (lambda: tiny()(tokens(3, 12), ragged(12) & (tokens(3, 1) > 40), only=True), 'without a token'),
     (lambda: tiny().quantize('int4'), 'dtype=int4'),
     (lambda: tiny().quantize('bf16').quantize('int8'), 'dtype=int8'),
-    (lambda: routed(tiny(), kind='oracle').quantize('int8'), 'an oracle needs')])
+    (lambda: routed(tiny(), kind='oracle').quantize('int8'), 'oracle needs')])
 def test_calls_that_make_no_sense(call, says):
     with pytest.raises(ValueError, match=says):
         call()
@@ -1193,6 +1261,22 @@ def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     assert rows[1]['flops'] == pytest.approx(share, abs=0.01)
     assert {r['split'] for r in rows if r['method'] == 'd2dmoe'} == {'coactivation'}
 
+def test_masks_end_to_end(finished, tmp_path, capsys):
+    for name in ('base.pt', 'dense.pt', 'sparse.pt', 'data.pt'):
+        shutil.copy(finished[0] / name, tmp_path)
+    refused('at most 8', '--phase=masks', '--n_masks=9', out=tmp_path)
+    refused('asks for it', '--phase=masks', out=tmp_path)
+    refused('nothing to learn', '--router_loss=masks', out=tmp_path)
+    run('--phase=masks', '--n_masks=4', '--masks_steps=10', '--mask_ratio=0.3', out=tmp_path)
+    assert capsys.readouterr().out.count('token-specific') == 2
+    model = M.load(tmp_path / 'masks.pt')
+    assert model.config.n_outputs == [4, 4] and model.config.router_loss == 'masks'
+    rows = [r for r in run('--phase=eval', '--tau=0.25', out=tmp_path)['rows']
+            if r['router_loss'] == 'masks' and r['dtype'] == 'fp32']
+    assert {r['rule'] for r in rows} == {'topk'} and rows[0]['k'] == 1
+    run('--phase=export', f'--to={tmp_path}/to', '--router_loss=masks', out=tmp_path)
+    assert same(M.load(tmp_path / 'to').state_dict(), model.state_dict())
+
 @pytest.fixture
 def spoiled(finished, tmp_path):
     """A copy of the finished run that a test may spoil."""
@@ -1346,7 +1430,7 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     made = options(spoiled / 'd2dmoe-share.pt')
     assert made['router_steps'] == 8 and made['router_width'] == 8
     kinds = {r['router_loss'] for r in run('--phase=eval', out=spoiled)['rows']}
-    assert kinds == {None, 'norm', 'active', 'share', 'oracle'}
+    assert kinds == {None, 'norm', 'active', 'share', 'oracle', 'truth'}
     # other steps than the control's are said, and it follows sparsify
     run('--phase=sparsify', '--sparsify_steps=9', '--overwrite=1', out=spoiled)
     run('--phase=eval', out=spoiled)

@@ -18,6 +18,7 @@ A phase is a class whose fields are its options, and it lives with its method:
     prepare(model, batches)   the change made once, in place                 which every value gets
     parameters(model)         what learns; [] for no loop                    a run of its own
     loss(model, batch, progress) -> loss, what to log
+    finish(model)             optional: the change made at the end; what to remember
     report(model, batches)    optional: what to remember
     looks                     optional: whether prepare() reads batches though nothing learns
 
@@ -58,7 +59,7 @@ import bench
 from model import (BadInput, Config, Transformer, build, check_writable, checkpoint_hash, cut,
                    export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
                    write_atomically)
-from moefy import Moefy
+from moefy import LearnMasks, Moefy
 from router import GRID, FLOOR, ROUTERS, Route
 from sparsify import Distil, Prune, Sparsify
 
@@ -182,7 +183,7 @@ class Dense:
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
 PHASES = dict(base=Base, dense=Dense, prune=Prune, attn=Distil, sparsify=Sparsify, moefy=Moefy,
-              router=Route)
+              router=Route, masks=LearnMasks)
 # what each command takes, eval beside what made the checkpoints
 WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
@@ -311,8 +312,9 @@ def check(typed, explicit):
     refuse(new and getattr(o, name) > 4 * o.n_embd, f'--{name}={getattr(o, name)}: more than the '
            f'{4 * o.n_embd} neurons of an FFN')
     refuse(o.n_embd % o.n_head, f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
-    refuse('oracle' in o.router_loss,
-           '--router_loss=oracle: has nothing to learn; eval shows it anyway')
+    for kind in o.router_loss.split(','):
+        refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
+               f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
     refuse(o.phase == 'export' and not o.to,
            '--phase=export needs --to=DIR, a folder that is not there yet')
 
@@ -640,6 +642,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
 
     if steps:
         learn(name, phase, model.to(device), own, corpus, o, device, keep)
+    if hasattr(phase, 'finish'):
+        notes |= phase.finish(model)
     if hasattr(phase, 'report'):
         notes |= phase.report(model, held_out(corpus, o, device)[:8])
     keep(steps)
