@@ -271,7 +271,7 @@ def attention(q, k, v, layout, cache=None, dropout=0.0):
     q as k -> (T, heads, d); or (B, heads, d), of the tokens layout.head_rows() alone -> as many."""
     only = len(q) < len(k)
     fast = q.is_cpu and not dropout and torch.is_inference_mode_enabled() and have_cpp()
-    if fast and not torch.compiler.is_compiling() and q.dtype == torch.float32:
+    if fast and not torch.compiler.is_compiling() and q.dtype in (torch.float32, torch.bfloat16):
         return cpp_attention(q, k, v, layout, cache, only)
     q = q[:, :, None] if only else layout.pad(q).transpose(1, 2)
     k, v = (layout.pad(t).transpose(1, 2) for t in (k, v))  # (B, heads, L, d)
@@ -796,8 +796,10 @@ def c_attention(q, k, v, stride, y, layout, heads, d, cache=None, only=False):
                       d, stride, layout.L, past, size, layout.causal, only, n_threads())
 
 def cpp_attention(q, k, v, layout, cache=None, only=False):
-    """`attention` on a CPU, in fp32."""
-    (T, heads, d), y = k.shape, q.new_empty(q.shape)
+    """`attention` on a CPU, computed in fp32."""
+    (T, heads, d), dtype = k.shape, q.dtype
+    q, k, v = q.float(), k.float(), v.float()
+    y = q.new_empty(q.shape)
     if cache is not None:
         cache.reserve(layout.B, heads, d, k)
     # the kernel finds the q of a sequence where its tokens are
@@ -809,7 +811,7 @@ def cpp_attention(q, k, v, layout, cache=None, only=False):
     library().attention(ctypes.byref(call))
     if cache is not None:
         cache.n += layout.L
-    return y
+    return y.to(dtype)
 
 class Int8Blocks(NamedTuple):
     """The blocks of a model as encode_int8 takes them, and the sizes of the room it needs."""

@@ -239,6 +239,8 @@ def test_attention(causal, d, poisoned):
         # however they lie in memory
         turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
         assert torch.equal(kernel.cpp_attention(*turned, layout), got)
+        in_bf16 = torch.inference_mode()(kernel.attention)(*(t.bfloat16() for t in (q, k, v)), layout)
+        assert near(in_bf16, got.bfloat16())
         # a NaN reaches who looks at it: the token itself, or where it is not causal its sequence
         reached = torch.arange(len(q)) == L - 1 if causal else torch.arange(len(q)) < L
         for bad in (k, v):
