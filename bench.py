@@ -40,7 +40,7 @@ import kernel
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
                    cross_entropy, export_plain, load, n_tokens, pad, read_checkpoint, reason, save,
                    transformers, write_atomically)
-from router import CEILINGS, FLOOR, GRID, ROUTERS, Router
+from router import CEILINGS, CONFIDENCE, FLOOR, GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
 # -------------------------------------------------------------------------------------- measuring
@@ -144,12 +144,14 @@ def jobs_of(entries, o):
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or 'topk']):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
-    return jobs
+    return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
+                   if e.data['config'].get('exits') for tau in CONFIDENCE]
 
 def quantised_jobs(entries, rows):
     """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
-    wanted = [rows[0]] + [r for (_, kind, rule), r in picked(rows).items()
-                          if kind not in CEILINGS and rule == ROUTERS[kind].rule]
+    wanted = [rows[0]] + [
+        r for (_, kind, rule), r in picked(rows).items()
+        if rule == 'confidence' or kind not in CEILINGS and rule == ROUTERS[kind].rule]
     names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor'
     return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
             for r in wanted for e in entries if e.hash == r['checkpoint']]
@@ -168,7 +170,7 @@ def row_of(model, dense, batches):
     is reported, the others are there to pick tau by (`loss_pick`, `accuracy_pick`). FLOPs are those
     of the mean length, padding left out."""
     config, mlps = model.config, model.mlps()
-    losses, shares, predicted, times = [], [], [], []
+    losses, shares, predicted, times, alive = [], [], [], [], []
 
     def run(m, inputs):
         masks = Masks()
@@ -176,6 +178,7 @@ def row_of(model, dense, batches):
 
     def rho(masks):                         # the share of neurons run in each MLP
         sizes = [mlp.offsets.diff().float() / len(mlp.w_in) for mlp in mlps]
+        masks = masks + [None] * (len(mlps) - len(masks))        # all may have left before
         return [1.0 if mask is None else (mask.float().mean(0) @ size).item()
                 for mask, size in zip(masks, sizes)]
 
@@ -189,6 +192,7 @@ def row_of(model, dense, batches):
             times.append((n_tokens(inputs), seconds, timed(lambda: run(dense, inputs))[1]))
         losses.append(cross_entropy(logits, targets).cpu())
         shares.append(rho(masks))
+        alive.append([*masks.alive, *[(0, 0)] * (config.n_layer - len(masks.alive))])
         predicted.append(logits.argmax(-1) if config.head == 'cls' else None)
 
     pick, report = slice(None, None, 2), slice(1, None, 2) if len(batches) > 1 else slice(None)
@@ -196,11 +200,15 @@ def row_of(model, dense, batches):
     tokens = np.array([n_tokens(inputs) for inputs, _ in batches])[report]
     rho = np.average(shares[report], axis=0, weights=tokens).tolist()
     seq_len = tokens.sum().item() / sum(map(len, labels[report]))
-    cost, whole = model.flops(seq_len, rho if config.rule else None), dense.flops(seq_len)['total']
-    k = max(1, round(config.tau * (len(model.ffns()[0].offsets) - 1)))
+    alive = np.sum(alive[report], axis=0)                        # (n_layer, 2)
+    cost = model.flops(seq_len, rho if config.rule and config.router_loss else None,
+                       (alive / alive[0]).tolist() if alive.any() else None)
+    whole, k = dense.flops(seq_len)['total'], None
+    if config.rule == 'topk':
+        k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*times)
     row = dict(
-        k=k if config.rule == 'topk' else None,
+        k=k,
         experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
@@ -342,7 +350,7 @@ def setting(r):
         return '-'
     if r['rule'] == 'topk':
         return f'top-{r["k"]}'
-    usual = ROUTERS[r['router_loss']].rule == r['rule']
+    usual = r['rule'] == 'confidence' or ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
 def report(rows, curve_rows, activity, folder):
@@ -456,7 +464,7 @@ def plot_rows(rows, path):
     for (_, name, rule), curve in curves(rows).items():
         axes.plot([100 * r['flops'] for r in curve], [change(r) for r in curve], marker='o', ms=3,
                   ls='--' if rule == 'topk' else '-',
-                  label=f'{label(curve[0], rows)} {name}, {rule}')
+                  label=f'{label(curve[0], rows)} {name or ""}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='dense')
     axes.axhline(change(rows[1]), color='grey', lw=0.8, label='sparse, all experts on')
     # what is far off would squeeze the rest onto zero

@@ -245,6 +245,13 @@ class Layout(NamedTuple):
         x = x.reshape(self.B * self.L, *x.shape[2:])
         return x if self.index is None else x[self.index]
 
+    def without(self, gone):
+        """Where the tokens stand that are left: gone (T) bool. Sequences of which none is go."""
+        keep = torch.zeros(self.B * self.L, dtype=torch.bool, device=gone.device)
+        keep[slice(None) if self.index is None else self.index] = ~gone
+        keep = keep.view(self.B, self.L)
+        return Layout.of(keep[keep.any(1)], int(keep.any(1).sum()), self.L, self.causal)
+
     def head_rows(self):  # (B): of each sequence the token that a classifier reads, a GPT the last
         return (self.starts[1:] - 1 if self.causal else self.starts[:-1]).long()
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
                     encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
-from router import CEILINGS, FLOOR, GRID, Router
+from router import CEILINGS, Exits, FLOOR, GRID, Router
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
@@ -61,11 +61,14 @@ class Config:
     rule: str = ''                      # '' = run every expert, no router
     tau: float = 0.0
     floor: float = 0.0                  # of dynk, in units of the layer's RMS norm
+    exits: bool = False                 # whether it has heads for texts that leave early
 
 # -------------------------------------------------------------------------------------- modules
 
 class Masks(list):
-    """A tap that wants only what each MLP chose: the model runs its fast path."""
+    """A tap that wants only what each MLP chose: the model runs its fast path. `alive`: how many
+    tokens and texts entered each block, where they may leave early."""
+    alive = ()
 
 class Linear(nn.Linear):
     """nn.Linear on the fastest dense linear of the device."""
@@ -218,6 +221,10 @@ class Transformer(nn.Module):
                 mlp.offsets = torch.zeros(n + 1, dtype=torch.int32)
         if c.router_loss:
             self.add_routers(c.router_loss, c.router_width)
+        self.exits = None
+        if c.exits:
+            self.add_exits()
+        if c.rule:
             self.set_rule(c.rule, c.tau, c.floor)
 
     @staticmethod
@@ -250,16 +257,32 @@ class Transformer(nn.Module):
             mlp.router = Router(kind, mlp, owners, own_width).to(mlp.w_in.device)
         c.router_loss, c.router_width = kind, width
 
+    def add_exits(self):
+        """Fresh heads for texts that leave early. BadInput if it does not classify."""
+        c = self.config
+        if c.head != 'cls' or c.n_layer < 2:
+            raise BadInput('early exits are for a BERT of several blocks that classifies: the next '
+                           'tokens of a GPT need the keys and values of every block')
+        self.exits = Exits(c.n_layer, c.n_embd, c.n_classes).to(self.wte.weight.device)
+        c.exits = True
+
     def set_rule(self, rule, tau=0.0, floor=FLOOR):
         """How scores become experts, in every MLP (router.select); '' runs all, without routers.
+        `confidence` is not of routers: a text leaves where the largest probability reaches tau.
 
         ValueError if the rule is none or the model has no routers. Returns the model.
         """
-        if rule and rule not in GRID:
+        if rule and rule not in (*GRID, 'confidence'):
             raise ValueError(f'rule={rule}: must be one of {", ".join(GRID)}')
-        if rule and not self.config.router_loss:
+        if self.exits is not None:
+            self.exits.tau = tau if rule == 'confidence' else 2.0
+        if rule == 'confidence' and self.exits is None:
+            raise ValueError('rule=confidence needs exits: this model has none')
+        if rule not in ('', 'confidence') and not self.config.router_loss:
             raise ValueError(f'rule={rule} needs routers: this model has none yet')
         for router in (mlp.router for mlp in self.mlps() if mlp.router is not None):
+            if rule == 'confidence':        # experts go on as they did
+                continue
             router.rule, router.tau, router.floor, router.rho = rule, tau, floor, None
         self.config.rule, self.config.tau, self.config.floor = rule, tau, floor
         FUSED.pop(self, None)
@@ -312,6 +335,20 @@ class Transformer(nn.Module):
 
     # ---- running
 
+    def embed(self, idx, attention_mask=None, token_type_ids=None, cache=None):
+        """What the first block reads: (T, D) without padding, and its Layout."""
+        B, L = idx.shape
+        past = cache[0].n if cache else 0
+        if past + L > self.config.block_size:
+            raise ValueError(f'{past + L} tokens do not fit into '
+                             f'block_size={self.config.block_size}')
+        layout = Layout.of(attention_mask, B, L, self.config.causal)
+        x = self.wte(idx) + self.wpe(torch.arange(past, past + L, device=idx.device))   # (B, L, D)
+        if self.wtt is not None:
+            x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
+        x = layout.pack(x)                                       # (T, D)
+        return self.drop(x if self.ln_e is None else self.ln_e(x)), layout
+
     def encode(self, idx, attention_mask=None, token_type_ids=None, cache=None, tap=None,
                only=False):
         """The last hidden states: idx (B, L) -> (B, L, D), zeros where attention_mask is 0; or,
@@ -322,19 +359,9 @@ class Transformer(nn.Module):
         expert, router or FLOP is spent on it. `cache` holds a LayerCache for each block; `tap`, a
         list, receives dict(x, z, a, score, mask) from every MLP, a Masks only the masks.
         """
-        B, L = idx.shape
-        past = cache[0].n if cache else 0
-        if past + L > self.config.block_size:
-            raise ValueError(f'{past + L} tokens do not fit into '
-                             f'block_size={self.config.block_size}')
-        layout = Layout.of(attention_mask, B, L, self.config.causal)
+        x, layout = self.embed(idx, attention_mask, token_type_ids, cache)
         if only and layout.index is not None and not layout.starts.diff().all():
             raise ValueError('a sequence without a token has no last hidden state')
-        x = self.wte(idx) + self.wpe(torch.arange(past, past + L, device=idx.device))   # (B, L, D)
-        if self.wtt is not None:
-            x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
-        x = layout.pack(x)                                       # (T, D)
-        x = self.drop(x if self.ln_e is None else self.ln_e(x))
         c = self.config
         fused = self.fused() if self.dtype == 'int8' else None
         if fused is not None and (tap is None or isinstance(tap, Masks)):
@@ -359,7 +386,35 @@ class Transformer(nn.Module):
             return linear(h, decoder, self.mlm_bias)
         return linear(h, decoder)
 
+    def leave_early(self, x, layout, tap=None):
+        """The logits of texts, each from the first block after which its exit is sure of them."""
+        out, said = x.new_empty(layout.B, self.config.n_classes), []
+        here, alive = torch.arange(layout.B, device=x.device), []
+        for i, block in enumerate(self.blocks):
+            last = block is self.blocks[-1]
+            alive.append((len(x), len(here)))
+            x = block(x, layout, None, tap, layout.head_rows() if last else None)
+            if last:
+                out[here] = self.logits(x)
+                break
+            said.append(self.exits.head(i, x[layout.head_rows()], said[-1] if i else None))
+            answer = self.exits.answer(said)
+            sure = answer.softmax(-1).amax(-1) >= self.exits.tau
+            out[here[sure]] = answer[sure]
+            if sure.all():
+                break
+            # most often nobody leaves
+            if sure.any():
+                gone = sure.repeat_interleave(layout.starts.diff().to(x.device))
+                x, layout, here = x[~gone], layout.without(gone), here[~sure]
+                said = [logits[~sure] for logits in said]
+        if isinstance(tap, Masks):
+            tap.alive = alive
+        return out
+
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None, only=False):
+        if self.exits is not None and self.exits.tau <= 1:
+            return self.leave_early(*self.embed(idx, attention_mask, token_type_ids), tap)
         h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
         return h if self.config.head is None else self.logits(h)
 
@@ -415,23 +470,28 @@ class Transformer(nn.Module):
             found += self(**inputs, only=True).argmax(-1).tolist()
         return [names[i] for i in found] if names else found
 
-    def flops(self, seq_len, rho=None):
+    def flops(self, seq_len, rho=None, alive=None):
         """FLOPs per token of a forward pass over `seq_len` tokens, 2 per multiply-add.
 
         rho: the share of neurons run in each MLP of mlps(), routers counted; None: dense, without.
+        alive: the shares of tokens and of texts that enter each block, exits counted; None: all.
         Not counted: norms, softmax, activations, look-ups. Attention counts the full square.
         Returns {'attention', 'scores', 'mlp', 'router', 'head', 'total'}.
         """
         c, D, ffns = self.config, self.config.n_embd, self.ffns()
-        out = dict(attention=2 * D * D * (4 - len(c.projections)) * c.n_layer,
-                   scores=4 * D * seq_len * c.n_layer, mlp=0.0, router=0.0, head=0.0)
-        for mlp, share in zip(self.mlps(), rho or [1.0] * len(self.mlps())):
-            part = 'mlp' if mlp in ffns else 'attention'
-            out[part] += 4 * D * len(mlp.w_in) * share
+        here, texts = zip(*(alive or [(1.0, 1.0)] * c.n_layer))
+        out = dict(attention=2 * D * D * (4 - len(c.projections)) * sum(here),
+                   scores=4 * D * seq_len * sum(here), mlp=0.0, router=0.0, head=0.0)
+        per_block = len(self.mlps()) // c.n_layer
+        for i, (mlp, share) in enumerate(zip(self.mlps(), rho or [1.0] * len(self.mlps()))):
+            part, tokens = 'mlp' if mlp in ffns else 'attention', here[i // per_block]
+            out[part] += 4 * D * len(mlp.w_in) * share * tokens
             if rho is not None and mlp.router is not None:
-                out['router'] += 2 * mlp.router.size
+                out['router'] += 2 * mlp.router.size * tokens
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
+            for head, share in zip(self.exits.heads if alive else (), texts):
+                out['head'] += 2 * head.weight.numel() * share / seq_len
         elif c.head:
             out['head'] = 2 * D * c.vocab_size + (2 * D * D if c.head == 'mlm' else 0)
         out['total'] = sum(out.values())

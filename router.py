@@ -18,7 +18,8 @@ so the exact norms need no (T, R, D) tensor. A rule then turns the scores of a t
     truth    share of activation itself        nothing: MoEfication's ceiling        topk
 
 RMS is the root mean square of the norms in a layer. MoEfication's parameter centres, experts by the
-cosine of x and the mean of their rows of W_in, are `share` with --router_steps=0. A new kind is a class and its name in ROUTERS.
+cosine of x and the mean of their rows of W_in, are `share` with --router_steps=0. A new kind is a
+class and its name in ROUTERS.
 
     python router.py out/moe.pt out/d2dmoe.pt --router_loss=norm
 
@@ -42,6 +43,7 @@ GRID = dict(dynk=(0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
             threshold=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
             topk=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
             cumulative=(0.5, 0.7, 0.8, 0.9, 0.95, 0.99))
+CONFIDENCE = 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99                 # the same of exits
 # of dynk, where nobody says otherwise: hardly anything lost where it was measured; 0.2 saves a
 # quarter more of a young GPT's experts and costs MiniLM, whose RMS a few loud neurons make, 14
 # points of accuracy
@@ -225,6 +227,7 @@ class Router(nn.Module):
         super().__init__()
         self.net = ROUTERS[kind](mlp, owners, width)
         self.size = sum(p.numel() for p in self.net.parameters() if p.dim() == 2)
+        self.n_outputs = n_outputs(mlp, owners)
         # RMS of the norms in this layer; 0: not seen yet
         self.register_buffer('scale', torch.zeros(()))
         self.register_buffer('owners', owners)                   # (R, E) bool, or None
@@ -240,6 +243,66 @@ class Router(nn.Module):
 
     def forward(self, x):                   # (T, D) -> (T, E)
         return self.choose(self.net(x))
+
+# -------------------------------------------------------------------------------------- depth
+
+class Exits(nn.Module):
+    """Heads after every block but the last (ZTW, Wójcik et al. 2023): each reads the first token
+    and, in a cascade, the logits of the head before; the answer after block i is an ensemble,
+
+        sum over heads j <= i of exp(w_ij) log p_j  +  b_i
+
+    A text of whose class it is sure, largest probability >= tau, leaves there."""
+
+    def __init__(self, n_layer, n_embd, n_classes):
+        super().__init__()
+        n, C, self.tau = n_layer - 1, n_classes, 2.0             # 2: nobody is that sure
+        self.heads = nn.ModuleList(nn.Linear(n_embd + C * (i > 0), C) for i in range(n))
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(n))
+        self.weights, self.biases = nn.Parameter(torch.zeros(n, n)), nn.Parameter(torch.zeros(n, C))
+
+    def head(self, i, h, before):           # h (B, D), logits of head i - 1 -> (B, C)
+        if i:
+            h = torch.cat([h, self.norms[i](before.detach())], -1)
+        return self.heads[i](h)
+
+    def answer(self, logits):               # of the heads so far, each (B, C) -> (B, C)
+        i = len(logits) - 1
+        parts = [w * l.detach().log_softmax(-1) for w, l in zip(self.weights[i].exp(), logits)]
+        return sum(parts) + self.biases[i]
+
+@dataclass
+class LearnExits:
+    """Early exits (ZTW) on the dense model, which stays as it is; for a GPT, whose next tokens need
+    the keys and values of every block, there are none."""
+    reads = ('dense',)
+    writes = 'exits'
+    steps: int = 400
+    lr: float = 1e-2
+    exits: bool = False                     # 1: heads after every block, for texts that leave early
+
+    def wanted(self):
+        return self.exits
+
+    def prepare(self, model, batches):
+        model.add_exits()
+
+    def parameters(self, model):
+        model.eval()                        # no dropout: the model is frozen
+        return model.exits.parameters()
+
+    def loss(self, model, batch, progress):
+        """The mean over heads, and over their ensembles, whose heads do not learn from them."""
+        inputs, targets = batch
+        with torch.no_grad():
+            x, layout = model.embed(**inputs)
+            firsts = [(x := block(x, layout))[layout.head_rows()] for block in model.blocks[:-1]]
+        logits, losses = [], []
+        for i, h in enumerate(firsts):
+            logits.append(model.exits.head(i, h, logits[-1] if i else None))
+            losses.append(F.cross_entropy(logits[-1], targets))
+            losses.append(F.cross_entropy(model.exits.answer(logits), targets))
+        return torch.stack(losses).mean(), {}
 
 # -------------------------------------------------------------------------------------- training
 

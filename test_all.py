@@ -239,8 +239,8 @@ def test_attention(causal, d, poisoned):
         # however they lie in memory
         turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
         assert torch.equal(kernel.cpp_attention(*turned, layout), got)
-        in_bf16 = torch.inference_mode()(kernel.attention)(*(t.bfloat16() for t in (q, k, v)), layout)
-        assert near(in_bf16, got.bfloat16())
+        narrow = [t.bfloat16() for t in (q, k, v)]
+        assert near(torch.inference_mode()(kernel.attention)(*narrow, layout), got.bfloat16())
         # a NaN reaches who looks at it: the token itself, or where it is not causal its sequence
         reached = torch.arange(len(q)) == L - 1 if causal else torch.arange(len(q)) < L
         for bad in (k, v):
@@ -857,6 +857,63 @@ def test_masks_reach_their_ratio():
         optimizer.zero_grad()
     assert abs(sum(mlp.router.density for mlp in m.ffns()) / 2 - 0.4) < 0.1
 
+# -------------------------------------------------------------------------------------- exits
+
+def slow_exits(m, text, tau):
+    """One text through everything; -> logits, blocks that it needed."""
+    hidden, (x, layout) = [], m.embed(text[None])
+    for block in m.blocks:
+        x = block(x, layout)
+        hidden.append(x[0])
+    logits = []
+    for i, head in enumerate(m.exits.heads):
+        h = hidden[i]
+        if i:
+            h = torch.cat([h, m.exits.norms[i](logits[-1])])
+        logits.append(h @ head.weight.T + head.bias)
+        answer = m.exits.biases[i] + sum(
+            math.exp(m.exits.weights[i, j]) * logits[j].log_softmax(0) for j in range(i + 1))
+        if answer.softmax(0).max() >= tau:
+            return answer, i + 1
+    return m.logits(hidden[-1][None])[0], len(m.blocks)
+
+@pytest.mark.parametrize('dtype', ['fp32', 'int8'])
+def test_exits_against_a_loop_that_computes_everything(dtype):
+    m = tiny(**CLS | dict(n_layer=4))
+    m.add_exits()
+    for p in m.exits.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    m.requires_grad_(False).quantize(dtype)
+    idx, keep = tokens(9, 12), torch.ones(9, 12, dtype=torch.bool)
+    for b in range(9):
+        keep[b, 12 - b:] = False
+    for tau in (0.0, 0.4, 0.5, 0.6, 1.0):
+        m.set_rule('confidence', tau)
+        got = m(idx, keep, tap=(masks := M.Masks()))
+        want, depth = zip(*(slow_exits(m, idx[b][keep[b]], tau) for b in range(9)))
+        assert (got - torch.stack(want)).abs().max() < (1e-4 if dtype == 'fp32' else 0.1)
+        assert masks.alive == [(sum(12 - b for b in range(9) if depth[b] > i),
+                                sum(d > i for d in depth)) for i in range(max(depth))]
+    # the FLOPs of a block that half of the texts enter, by hand
+    whole, half = m.flops(12), m.flops(12, alive=[(1, 1)] * 3 + [(0.5, 0.25)])
+    assert half['mlp'] == whole['mlp'] * 3.5 / 4 and half['scores'] == whole['scores'] * 3.5 / 4
+    heads = [16 * 3, (16 + 3) * 3, (16 + 3) * 3]
+    assert half['head'] - whole['head'] == pytest.approx(2 * sum(heads) / 12)
+    m.set_rule('')
+    assert len(m(idx, keep)) == 9 and m.exits.tau > 1
+    with pytest.raises(M.BadInput, match='keys and values'):
+        tiny().add_exits()
+    with pytest.raises(ValueError, match='has none'):
+        tiny().set_rule('confidence', 0.5)
+
+def test_exits_learn_while_the_model_stays():
+    m, phase = tiny(**CLS | dict(n_layer=3, dropout=0.5)), R.LearnExits()
+    before = {name: v.clone() for name, v in m.state_dict().items()}
+    batch = dict(idx=tokens(16, 12)), torch.randint(0, 3, (16,))
+    phase.prepare(m, None)
+    first, last = fit(m, phase, batch, 3e-2)
+    assert last < 0.7 * first and same(before, {n: m.state_dict()[n] for n in before})
+
 # -------------------------------------------------------------------------------------- sparsify
 
 L_S = dict(l1=lambda z, a: a.abs().sum(),
@@ -1278,6 +1335,16 @@ def test_masks_end_to_end(finished, tmp_path, capsys):
     assert {r['rule'] for r in rows} == {'topk'} and rows[0]['k'] == 1
     run('--phase=export', f'--to={tmp_path}/to', '--router_loss=masks', out=tmp_path)
     assert same(M.load(tmp_path / 'to').state_dict(), model.state_dict())
+
+def test_exits_end_to_end(finished_bert, tmp_path):
+    for name in ('base.pt', 'dense.pt', 'attn.pt', 'sparse.pt', 'data.pt'):
+        shutil.copy(finished_bert[0] / name, tmp_path)
+    run('--phase=exits', '--exits=1', '--exits_steps=6', out=tmp_path)
+    rows = run('--phase=eval', out=tmp_path)['rows']
+    mine = [r for r in rows if r['rule'] == 'confidence' and r['dtype'] == 'fp32']
+    assert [r['tau'] for r in mine] == list(R.CONFIDENCE)
+    assert mine[0]['flops'] <= mine[-1]['flops'] and mine[-1]['flops'] < 1.1
+    assert M.load(tmp_path / 'exits.pt').exits is not None
 
 @pytest.fixture
 def spoiled(finished, tmp_path):
