@@ -192,7 +192,7 @@ def row_of(model, dense, batches):
             times.append((n_tokens(inputs), seconds, timed(lambda: run(dense, inputs))[1]))
         losses.append(cross_entropy(logits, targets).cpu())
         shares.append(rho(masks))
-        alive.append([*masks.alive, *[(0, 0)] * (config.n_layer - len(masks.alive))])
+        alive.append([*masks.alive, *[(0, 0, 0)] * (config.n_layer - len(masks.alive))])
         predicted.append(logits.argmax(-1) if config.head == 'cls' else None)
 
     pick, report = slice(None, None, 2), slice(1, None, 2) if len(batches) > 1 else slice(None)
@@ -200,7 +200,7 @@ def row_of(model, dense, batches):
     tokens = np.array([n_tokens(inputs) for inputs, _ in batches])[report]
     rho = np.average(shares[report], axis=0, weights=tokens).tolist()
     seq_len = tokens.sum().item() / sum(map(len, labels[report]))
-    alive = np.sum(alive[report], axis=0)                        # (n_layer, 2)
+    alive = np.sum(alive[report], axis=0)                        # (n_layer, 3)
     cost = model.flops(seq_len, rho if config.rule and config.router_loss else None,
                        (alive / alive[0]).tolist() if alive.any() else None)
     whole, k = dense.flops(seq_len)['total'], None

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
                     encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
-from router import CEILINGS, Exits, FLOOR, GRID, Router
+from router import CEILINGS, Exits, FLOOR, GRID, Halting, Router
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
@@ -62,12 +62,13 @@ class Config:
     tau: float = 0.0
     floor: float = 0.0                  # of dynk, in units of the layer's RMS norm
     exits: bool = False                 # whether it has heads for texts that leave early
+    halting: bool = False               # whether tokens leave early
 
 # -------------------------------------------------------------------------------------- modules
 
 class Masks(list):
-    """A tap that wants only what each MLP chose: the model runs its fast path. `alive`: how many
-    tokens and texts entered each block, where they may leave early."""
+    """A tap that wants only what each MLP chose: the model runs its fast path. `alive`: the census
+    of each block, where tokens or texts may leave early."""
     alive = ()
 
 class Linear(nn.Linear):
@@ -221,9 +222,11 @@ class Transformer(nn.Module):
                 mlp.offsets = torch.zeros(n + 1, dtype=torch.int32)
         if c.router_loss:
             self.add_routers(c.router_loss, c.router_width)
-        self.exits = None
+        self.exits = self.halting = None
         if c.exits:
             self.add_exits()
+        if c.halting:
+            self.add_halting()
         if c.rule:
             self.set_rule(c.rule, c.tau, c.floor)
 
@@ -265,6 +268,13 @@ class Transformer(nn.Module):
                            'tokens of a GPT need the keys and values of every block')
         self.exits = Exits(c.n_layer, c.n_embd, c.n_classes).to(self.wte.weight.device)
         c.exits = True
+
+    def add_halting(self):
+        """Tokens may leave early from now on. BadInput if it is causal."""
+        if self.config.causal:
+            raise BadInput('tokens halt in a BERT only: the later ones of a GPT need the keys and '
+                           'values that every block makes of the earlier ones')
+        self.halting, self.config.halting = Halting().to(self.wte.weight.device), True
 
     def set_rule(self, rule, tau=0.0, floor=FLOOR):
         """How scores become experts, in every MLP (router.select); '' runs all, without routers.
@@ -363,6 +373,9 @@ class Transformer(nn.Module):
         if only and layout.index is not None and not layout.starts.diff().all():
             raise ValueError('a sequence without a token has no last hidden state')
         c = self.config
+        if self.halting is not None:
+            x = self.halt(x, layout, tap)
+            return x[layout.head_rows()] if only else layout.pad(x)
         fused = self.fused() if self.dtype == 'int8' else None
         if fused is not None and (tap is None or isinstance(tap, Masks)):
             x = encode_int8(x, fused, layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap)
@@ -386,13 +399,38 @@ class Transformer(nn.Module):
             return linear(h, decoder, self.mlm_bias)
         return linear(h, decoder)
 
+    def halt(self, x, layout, tap=None):
+        """The blocks on tokens (T, D) of which each halts when it has been read enough; what has
+        halted is no key for the others any more. -> (T, D)"""
+        place, alive, scores = torch.arange(len(x), device=x.device), [], []
+        total, out, left_over = x.new_zeros(len(x)), torch.zeros_like(x), 0
+        for block in self.blocks:
+            alive.append(census(layout))
+            x = block(x, layout, None, tap)
+            h, missing = self.halting(x), 1 - total[place]
+            ends = (h >= missing - 0.01) | (block is self.blocks[-1])
+            scores.append(h.sum() / len(total))
+            weight = torch.where(ends, missing, h)
+            out = out.index_add(0, place, weight[:, None] * x)
+            total = total.index_add(0, place, weight)
+            left_over = left_over + missing[ends].sum() / len(total)
+            if ends.all():
+                break
+            if ends.any():
+                x, layout, place = x[~ends], layout.without(ends), place[~ends]
+        if torch.is_grad_enabled():
+            self.halting.scores, self.halting.missing = scores, left_over
+        if isinstance(tap, Masks):
+            tap.alive = alive
+        return out
+
     def leave_early(self, x, layout, tap=None):
         """The logits of texts, each from the first block after which its exit is sure of them."""
         out, said = x.new_empty(layout.B, self.config.n_classes), []
         here, alive = torch.arange(layout.B, device=x.device), []
         for i, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
-            alive.append((len(x), len(here)))
+            alive.append(census(layout))
             x = block(x, layout, None, tap, layout.head_rows() if last else None)
             if last:
                 out[here] = self.logits(x)
@@ -474,14 +512,14 @@ class Transformer(nn.Module):
         """FLOPs per token of a forward pass over `seq_len` tokens, 2 per multiply-add.
 
         rho: the share of neurons run in each MLP of mlps(), routers counted; None: dense, without.
-        alive: the shares of tokens and of texts that enter each block, exits counted; None: all.
+        alive: the shares of a batch's census that enter each block, exits counted; None: all.
         Not counted: norms, softmax, activations, look-ups. Attention counts the full square.
         Returns {'attention', 'scores', 'mlp', 'router', 'head', 'total'}.
         """
         c, D, ffns = self.config, self.config.n_embd, self.ffns()
-        here, texts = zip(*(alive or [(1.0, 1.0)] * c.n_layer))
+        here, texts, pairs = zip(*(alive or [(1.0, 1.0, 1.0)] * c.n_layer))
         out = dict(attention=2 * D * D * (4 - len(c.projections)) * sum(here),
-                   scores=4 * D * seq_len * sum(here), mlp=0.0, router=0.0, head=0.0)
+                   scores=4 * D * seq_len * sum(pairs), mlp=0.0, router=0.0, head=0.0)
         per_block = len(self.mlps()) // c.n_layer
         for i, (mlp, share) in enumerate(zip(self.mlps(), rho or [1.0] * len(self.mlps()))):
             part, tokens = 'mlp' if mlp in ffns else 'attention', here[i // per_block]
@@ -490,7 +528,8 @@ class Transformer(nn.Module):
                 out['router'] += 2 * mlp.router.size * tokens
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
-            for head, share in zip(self.exits.heads if alive else (), texts):
+            heads = self.exits.heads if alive and self.exits is not None else ()
+            for head, share in zip(heads, texts):
                 out['head'] += 2 * head.weight.numel() * share / seq_len
         elif c.head:
             out['head'] = 2 * D * c.vocab_size + (2 * D * D if c.head == 'mlm' else 0)
@@ -519,6 +558,11 @@ def int8_blocks(model):
 def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
+
+def census(layout):
+    """Of what enters a block: tokens, texts, and pairs of tokens that see each other."""
+    lengths = layout.starts.diff().double()
+    return lengths.sum().item(), len(lengths), lengths.square().sum().item()
 
 def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())

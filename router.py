@@ -304,6 +304,62 @@ class LearnExits:
             losses.append(F.cross_entropy(model.exits.answer(logits), targets))
         return torch.stack(losses).mean(), {}
 
+class Halting(nn.Module):
+    """When a token has been read enough (A-ViT, Yin et al. 2022): after each block it adds up
+
+        h = sigmoid(gain x[0] - shift)          of its first number, which learns to say so
+
+    and halts when the sum reaches 1 - 0.01. What comes out is the sum of its states after each
+    block, weighted by h, the last by what was missing to 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('gain', torch.zeros(()))
+        self.register_buffer('shift', torch.zeros(()))
+        # of the last batch: mean h after each block, and what was missing at the end
+        self.scores, self.missing = [], 0.0
+
+    def forward(self, x):                   # (T, D) -> (T)
+        return torch.sigmoid(self.gain * x[:, 0] - self.shift)
+
+@dataclass
+class LearnHalting:
+    """Token halting (A-ViT), for a BERT; a GPT's later tokens need the earlier ones' keys."""
+    reads = ('base',)
+    writes = 'halting'
+    looks = True
+    steps: int = 130
+    lr: float = 1e-3
+    halting: bool = False                   # 1: tokens that have been read enough leave
+    halt_depth: Annotated[float, '0..1'] = 0.5      # share of the blocks that a token should take
+
+    def wanted(self):
+        return self.halting
+
+    @torch.no_grad()
+    def prepare(self, model, batches):
+        model.add_halting()
+        x, layout = model.embed(**next(batches)[0])
+        for block in model.blocks:
+            x = block(x, layout)
+        # hardly a token halts at first
+        model.halting.gain.copy_(5 / x[:, 0].std().clamp_min(1e-6))
+        model.halting.shift.copy_(model.halting.gain * x[:, 0].mean() + 3)
+
+    def parameters(self, model):
+        return model.parameters()
+
+    def loss(self, model, batch, progress):
+        """Task, + 5e-4 of the mean depth, + 0.1 of the KL divergence of how the halting scores lie
+        over depth from a normal (sigma 1) around the target (A-ViT, eq. 8 to 12)."""
+        task, n = model.loss(batch), len(model.blocks)
+        scores = F.pad(torch.stack(model.halting.scores), (0, n - len(model.halting.scores)))
+        depth = torch.arange(1, n + 1, device=scores.device)
+        wanted = (-(depth - self.halt_depth * n) ** 2 / 2).softmax(0)
+        found = (scores / scores.sum()).clamp_min(1e-6)
+        far = (found * (found / wanted).log()).sum()
+        return task + 5e-4 * model.halting.missing + 0.1 * far, dict(task=task.detach())
+
 # -------------------------------------------------------------------------------------- training
 
 @dataclass

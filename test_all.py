@@ -892,11 +892,11 @@ def test_exits_against_a_loop_that_computes_everything(dtype):
         got = m(idx, keep, tap=(masks := M.Masks()))
         want, depth = zip(*(slow_exits(m, idx[b][keep[b]], tau) for b in range(9)))
         assert (got - torch.stack(want)).abs().max() < (1e-4 if dtype == 'fp32' else 0.1)
-        assert masks.alive == [(sum(12 - b for b in range(9) if depth[b] > i),
-                                sum(d > i for d in depth)) for i in range(max(depth))]
+        lengths = [[12 - b for b in range(9) if depth[b] > i] for i in range(max(depth))]
+        assert masks.alive == [(sum(n), len(n), sum(x * x for x in n)) for n in lengths]
     # the FLOPs of a block that half of the texts enter, by hand
-    whole, half = m.flops(12), m.flops(12, alive=[(1, 1)] * 3 + [(0.5, 0.25)])
-    assert half['mlp'] == whole['mlp'] * 3.5 / 4 and half['scores'] == whole['scores'] * 3.5 / 4
+    whole, half = m.flops(12), m.flops(12, alive=[(1, 1, 1)] * 3 + [(0.5, 0.25, 0.125)])
+    assert half['mlp'] == whole['mlp'] * 3.5 / 4 and half['scores'] == whole['scores'] * 3.125 / 4
     heads = [16 * 3, (16 + 3) * 3, (16 + 3) * 3]
     assert half['head'] - whole['head'] == pytest.approx(2 * sum(heads) / 12)
     m.set_rule('')
@@ -913,6 +913,63 @@ def test_exits_learn_while_the_model_stays():
     phase.prepare(m, None)
     first, last = fit(m, phase, batch, 3e-2)
     assert last < 0.7 * first and same(before, {n: m.state_dict()[n] for n in before})
+
+# -------------------------------------------------------------------------------------- halting
+
+def slow_halting(m, text):
+    """One text, every token computed to the end, those that halted masked as keys by hand."""
+    x, layout = m.embed(text[None])
+    n, d = len(x), m.config.n_embd // m.config.n_head
+    total, out, depth = torch.zeros(n), torch.zeros_like(x), torch.zeros(n)
+    for i, block in enumerate(m.blocks):
+        there = total < 0.99
+        if not there.any():
+            break
+        q, k, v = (getattr(block.attn, c)(x).view(n, -1, d).transpose(0, 1) for c in 'qkv')
+        weights = (q @ k.mT / math.sqrt(d)).masked_fill(~there, -math.inf).softmax(-1)
+        y = block.ln_1(x + block.attn.o((weights @ v).transpose(0, 1).flatten(1)))
+        x = block.ln_2(y + block.mlp(y))
+        for t in range(n):
+            if there[t]:
+                depth[t] += 1
+                h = torch.sigmoid(m.halting.gain * x[t, 0] - m.halting.shift)
+                last = total[t] + h >= 0.99 or i == len(m.blocks) - 1
+                weight = 1 - total[t] if last else h
+                out[t] += weight * x[t]
+                total[t] += weight
+    return out, depth
+
+@pytest.mark.parametrize('dtype', ['fp32', 'int8'])
+def test_halting_against_a_loop_that_masks(dtype):
+    m = tiny(**CLS | dict(n_layer=5))
+    m.add_halting()
+    m.halting.gain.fill_(3.0), m.halting.shift.fill_(1.0)
+    m.quantize(dtype)
+    idx, keep = tokens(6, 12), torch.ones(6, 12, dtype=torch.bool)
+    for b in range(6):
+        keep[b, 12 - 2 * b:] = False
+    want, depth = zip(*(slow_halting(m, idx[b][keep[b]]) for b in range(6)))
+    got = m.encode(idx, keep, tap=(masks := M.Masks()))
+    if dtype == 'int8':
+        return close(m.encode(idx, keep, only=True), got[:, 0])
+    close(got[keep], torch.cat(want))
+    assert not got[~keep].any() and torch.cat(depth).unique().numel() > 2
+    close(m(idx, keep, only=True), m.logits(torch.stack([w[0] for w in want])))
+    counts = [[(d > i).sum().item() for d in depth] for i in range(len(masks.alive))]
+    assert masks.alive == [(sum(n), sum(x > 0 for x in n), sum(x * x for x in n)) for n in counts]
+    with pytest.raises(M.BadInput, match='keys'):
+        tiny().add_halting()
+
+def test_halting_learns_to_stop_where_it_should():
+    depths = []
+    for target in (0.3, 0.9):
+        m, phase = tiny(**CLS | dict(n_layer=6)), R.LearnHalting(halt_depth=target)
+        batch = dict(idx=tokens(16, 12)), torch.randint(0, 3, (16,))
+        phase.prepare(m, iter([batch]))
+        fit(m, phase, batch, 1e-2)
+        m(**batch[0], tap=(masks := M.Masks()))
+        depths.append(sum(n for n, *_ in masks.alive) / (16 * 12))
+    assert depths[0] + 1 < depths[1]
 
 # -------------------------------------------------------------------------------------- sparsify
 
@@ -1340,11 +1397,14 @@ def test_exits_end_to_end(finished_bert, tmp_path):
     for name in ('base.pt', 'dense.pt', 'attn.pt', 'sparse.pt', 'data.pt'):
         shutil.copy(finished_bert[0] / name, tmp_path)
     run('--phase=exits', '--exits=1', '--exits_steps=6', out=tmp_path)
+    run('--phase=halting', '--halting=1', '--halting_steps=6', out=tmp_path)
     rows = run('--phase=eval', out=tmp_path)['rows']
     mine = [r for r in rows if r['rule'] == 'confidence' and r['dtype'] == 'fp32']
     assert [r['tau'] for r in mine] == list(R.CONFIDENCE)
     assert mine[0]['flops'] <= mine[-1]['flops'] and mine[-1]['flops'] < 1.1
     assert M.load(tmp_path / 'exits.pt').exits is not None
+    halting = next(r for r in rows if r['method'] == 'halting')
+    assert 0 < halting['flops'] < 1.02 and halting['rule'] is None
 
 @pytest.fixture
 def spoiled(finished, tmp_path):

@@ -60,7 +60,7 @@ from model import (BadInput, Config, Transformer, build, check_writable, checkpo
                    export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
                    write_atomically)
 from moefy import LearnMasks, Moefy
-from router import GRID, FLOOR, ROUTERS, LearnExits, Route
+from router import GRID, FLOOR, ROUTERS, LearnExits, LearnHalting, Route
 from sparsify import Distil, Prune, Sparsify
 
 # -------------------------------------------------------------------------------------- options
@@ -183,7 +183,7 @@ class Dense:
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
 PHASES = dict(base=Base, dense=Dense, prune=Prune, attn=Distil, sparsify=Sparsify, moefy=Moefy,
-              router=Route, masks=LearnMasks, exits=LearnExits)
+              router=Route, masks=LearnMasks, exits=LearnExits, halting=LearnHalting)
 # what each command takes, eval beside what made the checkpoints
 WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
