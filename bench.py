@@ -129,10 +129,10 @@ def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
     a rule of their own run with top-k, too: it is the control. Ceilings replace the first converted
     one's routers. Dense in fp32 always comes first."""
-    def job(e, kind=None, rule=None, tau=None):
+    def job(e, kind=None, rule=None, tau=None, taus=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
-                       dtype=o.dtype)
+                       dtype=o.dtype, taus=taus)
 
     jobs, routed = [job(e) for e in entries if not e.kind], [e for e in entries if e.kind]
     if o.dtype != 'fp32':
@@ -144,6 +144,9 @@ def jobs_of(entries, o):
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or 'topk']):
             jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
+    for e in routed if o.budget or o.max_loss else ():
+        c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
+        jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus)))
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
                    if e.data['config'].get('exits') for tau in CONFIDENCE]
 
@@ -152,7 +155,8 @@ def quantised_jobs(entries, rows):
     wanted = [rows[0]] + [
         r for (_, kind, rule), r in picked(rows).items()
         if rule == 'confidence' or kind not in CEILINGS and rule == ROUTERS[kind].rule]
-    names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor'
+    # in the order of job()
+    names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor', 'dtype', 'taus'
     return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
             for r in wanted for e in entries if e.hash == r['checkpoint']]
 
@@ -240,7 +244,8 @@ def known_rows(old, entries, names):
         with contextlib.suppress(BadInput):
             here[checkpoint_hash(file)] = file
     here |= {e.hash: e.path for e in entries}
-    old = [dict(dtype='fp32') | r for r in old]                  # earlier files do not say it
+    # earlier files do not say these
+    old = [dict(dtype='fp32') | r | dict(taus=r.get('taus') and tuple(r['taus'])) for r in old]
     return {tuple(r[name] for name in names): r | dict(file=here[r['checkpoint']])
             for r in old if r['checkpoint'] in here}
 
@@ -254,7 +259,8 @@ def model_for(e, what, loaded, device):
         if kind in CEILINGS:
             model.add_routers(kind, 0)
         loaded[key] = model.quantize(what['dtype'])
-    return loaded[key].set_rule(what['rule'] or '', what['tau'] or 0.0, what['floor'] or 0.0)
+    tau = what['taus'] or what['tau'] or 0.0
+    return loaded[key].set_rule(what['rule'] or '', tau, what['floor'] or 0.0)
 
 def finished_row(e, what, model, dense, batches):
     row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
@@ -350,6 +356,8 @@ def setting(r):
         return '-'
     if r['rule'] == 'topk':
         return f'top-{r["k"]}'
+    if r.get('taus'):
+        return 'per MLP'
     usual = r['rule'] == 'confidence' or ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
@@ -364,6 +372,13 @@ def report(rows, curve_rows, activity, folder):
           'held-out set, reported on the other:')
     if choice:
         print_table(choice.values())
+        deployable = [r for r in choice.values() if r['speedup']]
+        best = min(deployable, key=lambda r: r['flops'], default=None)
+        if best:
+            print(f'\nat most 1 % worse: {best["router_loss"] or ""} {best["rule"]} '
+                  f'{setting(best)}, {best["flops"]:.0%} of the FLOPs, {best["speedup"]:.2f} x as '
+                  f'fast; to use it: load({best["file"]!r}).set_rule({best["rule"]!r}, '
+                  f'{best["taus"] or best["tau"]})')
     else:
         print('none')
     print()
@@ -414,7 +429,7 @@ def flops_gap(curve, other):
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
-    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype')
+    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype', 'taus')
     columns = [(title, name, 16, form) for title, name, _, form in COLUMNS
                if name in ('experts', 'flops', 'delta', 'speedup', 'accuracy')]
     groups, rows = {}, []

@@ -63,6 +63,9 @@ class Config:
     floor: float = 0.0                  # of dynk, in units of the layer's RMS norm
     exits: bool = False                 # whether it has heads for texts that leave early
     halting: bool = False               # whether tokens leave early
+    taus: list = field(default_factory=list)        # of every MLP, where they differ
+    # what budget() chooses from: rule, tokens of a text, [[tau, loss it adds, share run]] an MLP
+    calibration: dict = field(default_factory=dict)
 
 # -------------------------------------------------------------------------------------- modules
 
@@ -228,7 +231,7 @@ class Transformer(nn.Module):
         if c.halting:
             self.add_halting()
         if c.rule:
-            self.set_rule(c.rule, c.tau, c.floor)
+            self.set_rule(c.rule, c.taus or c.tau, c.floor)
 
     @staticmethod
     def _init(module):
@@ -278,7 +281,8 @@ class Transformer(nn.Module):
 
     def set_rule(self, rule, tau=0.0, floor=FLOOR):
         """How scores become experts, in every MLP (router.select); '' runs all, without routers.
-        `confidence` is not of routers: a text leaves where the largest probability reaches tau.
+        tau: one for all, or a list of one for every MLP. `confidence` is not of routers: a text
+        leaves where the largest probability reaches tau.
 
         ValueError if the rule is none or the model has no routers. Returns the model.
         """
@@ -290,13 +294,54 @@ class Transformer(nn.Module):
             raise ValueError('rule=confidence needs exits: this model has none')
         if rule not in ('', 'confidence') and not self.config.router_loss:
             raise ValueError(f'rule={rule} needs routers: this model has none yet')
-        for router in (mlp.router for mlp in self.mlps() if mlp.router is not None):
-            if rule == 'confidence':        # experts go on as they did
-                continue
-            router.rule, router.tau, router.floor, router.rho = rule, tau, floor, None
-        self.config.rule, self.config.tau, self.config.floor = rule, tau, floor
+        each, c = isinstance(tau, (list, tuple)), self.config
+        taus = list(tau) if each else [tau] * len(self.mlps())
+        if len(taus) != len(self.mlps()):
+            raise ValueError(f'{len(taus)} values of tau for {len(self.mlps())} MLPs')
+        # with `confidence` experts go on as they did
+        for mlp, own in zip(self.mlps(), taus) if rule != 'confidence' else ():
+            if mlp.router is not None:
+                mlp.router.rule, mlp.router.tau, mlp.router.floor = rule, own, floor
+                mlp.router.rho = None
+        c.rule, c.floor, c.taus = rule, floor, taus if each else []
+        c.tau = sum(taus) / len(taus)
         FUSED.pop(self, None)
         return self
+
+    def budget(self, flops=None, max_loss=None):
+        """A tau for every MLP, by what the router phase measured of each alone: the least loss at
+        no more than this share of the dense FLOPs, or the least FLOPs at no more than this share
+        of the loss added, as far as losses add up. Returns the model. BadInput if no tau is low
+        enough, or nothing was measured."""
+        c, found = self.config, self.config.calibration
+        if not found:
+            raise BadInput('nothing was measured to choose from: run --phase=router --overwrite=1')
+        at, menus, whole = [0] * len(found['menus']), found['menus'], self.flops(found['tokens'])
+
+        def cost(at):
+            rho = [menu[i][2] for menu, i in zip(menus, at)]
+            return self.flops(found['tokens'], rho)['total'] / whole['total']
+
+        def added(at):
+            return sum(menu[i][1] for menu, i in zip(menus, at))
+
+        # from most experts to fewest, always by the step that saves most FLOPs for its loss
+        while flops is None or cost(at) > flops:
+            steps = []
+            for m, menu in enumerate(menus):
+                for i in range(at[m] + 1, len(menu)):
+                    to = [*at[:m], i, *at[m + 1:]]
+                    saved = cost(at) - cost(to)
+                    if saved > 0 and (flops is not None or added(to) <= max_loss):
+                        steps.append(((added(to) - added(at)) / saved, to))
+            if not steps:
+                break
+            at = min(steps)[1]
+        if flops is not None and cost(at) > flops or flops is None and added(at) > max_loss:
+            raise BadInput(f'budget: {cost(at):.1%} of the FLOPs at {added(at):+.2%} of loss is as '
+                           'close as these routers come')
+        taus = [menu[i][0] for menu, i in zip(menus, at)]
+        return self.set_rule(found['rule'], taus, found['floor'])
 
     @torch.no_grad()
     def quantize(self, dtype):

@@ -393,6 +393,35 @@ class Route:
             losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
         return torch.stack(losses).mean(), {}
 
+    @torch.no_grad()
+    def report(self, model, batches):
+        """What every MLP alone costs in loss and runs of its neurons, by tau: for budgets."""
+        batches, rule, mlps = batches[::2], model.mlps()[0].router.net.rule, model.mlps()
+
+        def measured(i):
+            """Loss, the share of neurons that MLP i runs, tokens of a text."""
+            losses, shares, tokens = [], [], []
+            size = mlps[i].offsets.diff().float() / len(mlps[i].w_in)
+            for batch in batches:
+                losses.append(model.loss(batch, tap := []))
+                mask = tap[i]['mask']
+                shares.append(1.0 if mask is None else (mask.float().mean(0) @ size).item())
+                tokens.append(len(tap[i]['x']) / len(batch[1]))
+            return (torch.stack(losses).mean().item(), sum(shares) / len(shares),
+                    sum(tokens) / len(tokens))
+
+        model.set_rule('')
+        (base, _, tokens), menus = measured(0), []
+        for i, mlp in enumerate(mlps):
+            mlp.router.rule, mlp.router.floor, menu = rule, FLOOR, []
+            for mlp.router.tau in GRID[rule]:
+                loss, rho, _ = measured(i)
+                menu.append((mlp.router.tau, loss / base - 1, rho))
+            mlp.router.rule = ''
+            menus.append(sorted(menu, key=lambda entry: -entry[2]))
+        model.config.calibration = dict(rule=rule, floor=FLOOR, tokens=tokens, menus=menus)
+        return {}
+
 if __name__ == '__main__':
     import train
     train.convert('router')

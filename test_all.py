@@ -705,6 +705,51 @@ def test_routers(kind, rule, falls_to, owners):
     assert last < falls_to * first and same(before, m.state_dict())
     check(m.set_rule(rule, 0.5), idx)
 
+def test_a_budget_takes_the_best_of_all_choices():
+    """Against every combination; menus are convex, so the greedy path meets the best ones."""
+    m = routed(tiny(n_layer=3))
+    menus = [[(0.1, 0.0, 1.0), (0.2, 0.01 * k, 0.6), (0.3, 0.03 * k, 0.3), (0.5, 0.09 * k, 0.1)]
+             for k in (1, 2, 5)]
+    m.config.calibration = dict(rule='dynk', floor=0.02, tokens=12, menus=menus)
+    whole = m.flops(12)['total']
+
+    def of(choice):
+        return (m.flops(12, [rho for _, _, rho in choice])['total'] / whole,
+                sum(added for _, added, _ in choice))
+
+    everything = sorted((*of(c), [tau for tau, *_ in c]) for c in itertools.product(*menus))
+    reached = 0
+    for budget in np.linspace(0.72, 1.05, 12):
+        cost, added = of([next(e for e in menu if e[0] == tau) for menu, tau in
+                          zip(menus, m.budget(flops=budget).config.taus)])
+        best = min(a for c, a, _ in everything if c <= budget)
+        assert cost <= budget and added <= best + 0.06
+        reached += added == pytest.approx(best)
+    assert reached > 6
+    taus = m.budget(max_loss=0.05).config.taus
+    assert [mlp.router.tau for mlp in m.mlps()] == taus and m.config.floor == 0.02
+    assert of([next(e for e in menu if e[0] == t) for menu, t in zip(menus, taus)])[1] <= 0.05
+    with pytest.raises(M.BadInput, match='as close as'):
+        m.budget(flops=0.1)
+    with pytest.raises(M.BadInput, match='nothing was measured'):
+        routed(tiny()).budget(flops=0.9)
+    with pytest.raises(ValueError, match='2 values of tau for 3 MLPs'):
+        m.set_rule('dynk', [0.1, 0.2])
+
+def test_what_budgets_choose_from():
+    m, batch = routed(tiny(), kind='active'), (dict(idx=tokens(4, 12)), tokens(4, 12))
+    R.Route(router_loss='active').report(m, [batch])
+    found, base = m.config.calibration, m.set_rule('').loss(batch).item()
+    assert found['rule'] == 'threshold' and found['tokens'] == 12 and len(found['menus']) == 2
+    for i, menu in enumerate(found['menus']):
+        assert [rho for *_, rho in menu] == sorted((rho for *_, rho in menu), reverse=True)
+        for tau, added, rho in menu:
+            # above 1 nothing runs, at 0 everything
+            m.set_rule('threshold', [tau if j == i else 0.0 for j in range(2)])
+            assert m.loss(batch, tap := []).item() / base - 1 == pytest.approx(added, abs=1e-5)
+            share = tap[i]['mask'].float().mean(0) @ m.mlps()[i].offsets.diff().float() / 40
+            assert share.item() == pytest.approx(rho)
+
 # -------------------------------------------------------------------------------------- moefy
 
 def slow_objective(x, cluster):
@@ -1405,6 +1450,19 @@ def test_exits_end_to_end(finished_bert, tmp_path):
     assert M.load(tmp_path / 'exits.pt').exits is not None
     halting = next(r for r in rows if r['method'] == 'halting')
     assert 0 < halting['flops'] < 1.02 and halting['rule'] is None
+
+def test_budget_end_to_end(finished, tmp_path, capsys):
+    out = shutil.copytree(finished[0], tmp_path / 'copy')
+    rows = run('--phase=eval', '--budget=0.9', '--router_loss=active', out=out)['rows']
+    mine, = (r for r in rows if r['taus'])
+    assert len(mine['taus']) == 2 and mine['flops'] < 0.92
+    said = capsys.readouterr().out
+    assert 'per MLP' in said and 'at most 1 % worse' in said and '.set_rule(' in said
+    again = run('--phase=eval', '--budget=0.9', '--router_loss=active', out=out)['rows']
+    assert [r['loss'] for r in again] == [r['loss'] for r in rows]
+    refused('as close as', '--phase=eval', '--budget=0.01', out=out)
+    run('--phase=sample', '--budget=0.9', '--n_tokens=4', '--router_loss=active', out=out)
+    assert 'tau of every MLP' in capsys.readouterr().out
 
 @pytest.fixture
 def spoiled(finished, tmp_path):

@@ -109,6 +109,8 @@ class Use:
     rule: Annotated[str, {'': (), **GRID}] = ''     # '' = the router's usual
     tau: Annotated[float, '0..1'] = None    # instead of the grid; of topk the share
     floor: float = FLOOR                    # of dynk: less than it does not run; in RMS of a layer
+    budget: Annotated[float, '0..1'] = 0.0  # FLOPs of the whole model: a tau for every MLP
+    max_loss: float = 0.0                   # the same by the share of loss that may be added
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
     dtype: Literal['fp32', 'bf16', 'int8'] = 'fp32'     # eval ends with int8 in any case
     prompt: str = '\n'
@@ -187,10 +189,10 @@ PHASES = dict(base=Base, dense=Dense, prune=Prune, attn=Distil, sparsify=Sparsif
 # what each command takes, eval beside what made the checkpoints
 WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
-                      'dtype', 'batch_size'),
-                sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'prompt', 'n_tokens',
+                      'dtype', 'batch_size', 'budget', 'max_loss'),
+                sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'budget', 'prompt', 'n_tokens',
                         'temperature', 'top_k', 'router_loss', 'seed', 'dtype'),
-                export=(*WHERE, 'rule', 'tau', 'floor', 'to', 'router_loss'))
+                export=(*WHERE, 'rule', 'tau', 'floor', 'budget', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
 # what an annotation may ask for, beside a dict of choices
 RANGES = {'0,1,2': ('different whole numbers, a comma between them',
@@ -767,7 +769,10 @@ def chosen(typed, device):
     ruled = {'tau', 'rule', 'floor'} & typed.keys()
     refuse(ruled and not kind,
            f'--{min(ruled, default="")}: {path} has no routers yet; run --phase=router first')
-    if kind and (ruled or o.phase == 'sample'):
+    if o.budget:
+        model.budget(o.budget)
+        print(f'{path}: tau of every MLP {" ".join(map(str, model.config.taus))}')
+    elif kind and (ruled or o.phase == 'sample'):
         rule = o.rule or ROUTERS[kind].rule
         model.set_rule(rule, 0.1 if o.tau is None else o.tau, o.floor)
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
