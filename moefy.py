@@ -24,6 +24,15 @@ The cut is the weight of all edges, a constant, minus what lies within clusters:
 |S_k|^2 / 2. At n_k = s the J of the rows of A is const - sum_k |S_k|^2 / s. So the least cut *is*
 balanced k-means on the raw rows of A, and its G is the graph itself: no other partitioner needed.
 
+Learned masks (Mixture-of-Masks, ACL 2025) take the place of splits and penalty: K masks over the
+neurons, 1 for all at first, each a sample of a hard concrete distribution (Louizos et al. 2018),
+
+    z = clip(s (zeta - gamma) + gamma, 0, 1),  s = sigmoid((log u - log(1 - u) + log alpha) / beta)
+
+of which each token takes those that its router likes best, combined by max, learned with the task
+towards a share of neurons by two multipliers, l1 (share - t) + l2 (share - t)^2. In the end they
+are 0 or 1: the neurons of the same masks become an expert, and those of none leave the weights.
+
 A new split is a function (mlp, n_experts, seed, fires) -> the cluster of every neuron, and its name
 in SPLITS.
 

@@ -1,4 +1,5 @@
-"""Which experts should a token run? Kinds of routers, the rules, and the phase that trains them.
+"""Which experts should a token run, and how many blocks? Kinds of routers, the rules, the phase
+that trains them; early exits and token halting.
 
 A router looks at a token before its FFN does and says how much each expert would contribute. With
 a = act(x W_in^T + b) the hidden activations and S_r the neurons of router output r,

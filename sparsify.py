@@ -24,6 +24,8 @@ of its inputs,
 
 relative to the original's size, so that one weight of the penalty suits all (the authors: MSE).
 
+Pruning, the control, removes the neurons that do least on some batches and trains on.
+
     python sparsify.py out/base.pt out/sparse.pt --sparsity_weight=1e-3
     python sparsify.py out/base.pt out/attn.pt --attn_projections=qkvo
 

@@ -7,9 +7,10 @@
     python train.py --phase=export --to=DIR --tau=0.1       a folder that transformers loads, too
     python train.py --preset=bert --data=emotion.tsv --attn_projections=qkvo
 
-    base --> dense                              the control: as many more steps, no penalty
-      +--> [attn] --> sparsify --> moefy --> router --> eval
-    base.pt attn.pt   sparse.pt    moe.pt    d2dmoe.pt  results.json
+    base --> dense [--> exits]                  the control: as many more steps, no penalty
+      +--> [prune] --> [attn] --> sparsify --> moefy --> router --> eval
+      +--> [masks]  pruned.pt attn.pt  sparse.pt  moe.pt  d2dmoe.pt  results.json
+      +--> [halting]
 
 A phase is a class whose fields are its options, and it lives with its method:
 
