@@ -1460,7 +1460,9 @@ def test_budget_end_to_end(finished, tmp_path, capsys):
     assert 'per MLP' in said and 'at most 1 % worse' in said and '.set_rule(' in said
     again = run('--phase=eval', '--budget=0.9', '--router_loss=active', out=out)['rows']
     assert [r['loss'] for r in again] == [r['loss'] for r in rows]
-    refused('as close as', '--phase=eval', '--budget=0.01', out=out)
+    refused('alone cost', '--phase=eval', '--budget=0.01', out=out)
+    refused('alone cost', '--budget=0.3', '--n_embd=256', out=tmp_path / 'new')
+    refused('as close as', '--phase=eval', '--budget=0.755', out=out)
     run('--phase=sample', '--budget=0.9', '--n_tokens=4', '--router_loss=active', out=out)
     assert 'tau of every MLP' in capsys.readouterr().out
 

@@ -318,8 +318,22 @@ def check(typed, explicit):
     for kind in o.router_loss.split(','):
         refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
                f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
+    refuse(o.budget and o.budget <= least_flops(o), f'--budget={o.budget}: attention and head '
+           f'alone cost {least_flops(o):.1%} of the FLOPs; ask for more')
     refuse(o.phase == 'export' and not o.to,
            '--phase=export needs --to=DIR, a folder that is not there yet')
+
+def least_flops(o):
+    """What of the dense FLOPs is left where no expert runs."""
+    made = os.path.join(o.out_dir, 'base.pt')
+    if os.path.exists(made) or o.init_from:
+        c = peek(made if os.path.exists(made) else o.init_from)[0]
+    else:
+        c = Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
+                   vocab_size=50257 if o.tokenizer == 'gpt2' else 256)
+    with torch.device('meta'):
+        cost = Transformer(c).flops(o.block_size)
+    return 1 - cost['mlp'] / cost['total']
 
 def print_help():
     print(__doc__)
