@@ -3,6 +3,7 @@
     python bench.py                             one MLP of GPT-2's size, routed against dense
     python bench.py --suite=decode              a whole GPT-2; also model, peers, engines
     python bench.py --suite=engines --checkpoint=out/d2dmoe-active.pt   what people deploy
+    python bench.py --suite=methods             every rival on the same base, control and steps
     python bench.py out/d2dmoe.pt other.pt      loss, FLOPs and time of any checkpoints
 
 Every speedup is a ratio of median times taken in turn within one run, against the fastest dense MLP
@@ -89,9 +90,9 @@ class Entry(NamedTuple):
     kind: str                               # of its routers; '' = none
 
 def entries(found, paths=()):
-    """The checkpoints to measure, dense and sparse first. Of a folder's {path: checkpoint}: every
-    finished one with routers, and what nothing else was made from; or those in `paths`, each by
-    what it says of itself. BadInput if there is no dense one to compare with."""
+    """The checkpoints to measure, dense and, if it is there, sparse first. Of a folder's {path:
+    checkpoint}: every finished one with routers, and what nothing else was made from; or those in
+    `paths`, each by what it says of itself. BadInput if there is no dense one to compare with."""
     def entry(path, data):
         return Entry(path, checkpoint_hash(path), data, data['config']['router_loss'])
 
@@ -106,12 +107,12 @@ def entries(found, paths=()):
                   'longer here; python train.py --overwrite=1 makes it again')
     chosen = []
     for phase in ('dense', 'sparsify'):
-        of_phase = [e for e in standing if e.data['phase'] == phase]
-        if not of_phase:
+        of_phase = [e for e in standing if e.data['phase'] == phase][:1]
+        if not chosen + of_phase:
             raise BadInput(f'there is no finished checkpoint of phase {phase} to compare with'
                            + (f' beside {paths[0]}' if paths else '')
                            + f': make it with python train.py --phase={phase}')
-        chosen.append(of_phase[0])
+        chosen += of_phase
     # what somebody else made says less of itself
     unsaid = dict(parent=None, options={}, data={})
     others = [entry(path, unsaid | dict(phase=os.path.basename(path)) | read_checkpoint(path))
@@ -123,7 +124,7 @@ def entries(found, paths=()):
         made_from = {data['parent'] for data in found.values()}
         others = [e for e in standing
                   if e.kind or e.hash not in made_from and not e.data['config']['n_experts']]
-    return chosen + [e for e in others if e.path not in (chosen[0].path, chosen[1].path)]
+    return chosen + [e for e in others if e.path not in {c.path for c in chosen}]
 
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
@@ -211,8 +212,15 @@ def row_of(model, dense, batches):
     if config.rule == 'topk':
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*times)
+    # routed, only what is not zero of the hidden units meets the second matrix
+    model(**batches[-1][0], tap=(tap := []))
+    spared = sum(2 * config.n_embd * (
+        share * len(mlp.w_in)
+        - (kernel.masked(t['a'], t['mask'], mlp.offsets) != 0).sum(1).float().mean().item())
+        for mlp, t, share in zip(mlps, tap, rho) if t['mask'] is not None)
     row = dict(
-        k=k,
+        k=k, madds=max(0.0, cost['total'] - spared) / whole,
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.state_dict().values()),
         experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
@@ -309,10 +317,10 @@ def evaluate(entries, batches, o, settings, folder, device):
         return [r for i, r in enumerate(rows_so_far())
                 if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
                 and r['dtype'] in dtypes]
-    if results['activity'] is None:
+    sparse = next((e for e in entries if e.data['phase'] == 'sparsify'), None)
+    if results['activity'] is None and sparse:
         tap = []                            # texts come by length: one of the middle
-        sparse = build(entries[1].data, entries[1].path).to(device)
-        sparse.encode(**batches[len(batches) // 2][0], tap=tap)
+        build(sparse.data, sparse.path).to(device).encode(**batches[len(batches) // 2][0], tap=tap)
         results['activity'] = sparsity_statistics(tap)
     try:
         for job in jobs:
@@ -365,8 +373,9 @@ def report(rows, curve_rows, activity, folder):
     """The table, what follows from the rows of one precision, and their picture."""
     print()
     print_table(rows)
-    print('\nzeros among the hidden activations of the sparse model, MLP by MLP: '
-          + ' '.join(f'{zeros:.0%}' for zeros, *_ in activity))
+    if activity:
+        print('\nzeros among the hidden activations of the sparse model, MLP by MLP: '
+              + ' '.join(f'{zeros:.0%}' for zeros, *_ in activity))
     choice, routed = picked(curve_rows), curves(curve_rows)
     print(f'\ncheapest whose {rows[0]["metric"]} is within 1 % of dense, picked on one half of the '
           'held-out set, reported on the other:')
@@ -481,7 +490,8 @@ def plot_rows(rows, path):
                   ls='--' if rule == 'topk' else '-',
                   label=f'{label(curve[0], rows)} {name or ""}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='dense')
-    axes.axhline(change(rows[1]), color='grey', lw=0.8, label='sparse, all experts on')
+    for r in (r for r in rows if r['method'] == 'sparse'):
+        axes.axhline(change(r), color='grey', lw=0.8, label='sparse, all experts on')
     # what is far off would squeeze the rest onto zero
     near = [change(r) for r in rows if abs(change(r)) < 6] + [-0.5, 0.5]
     save_picture(axes, path, xlabel='FLOPs of the whole model, routers included (% of dense)',
@@ -1189,10 +1199,163 @@ def engine_rows(name, found, tasks, causal):
     print(flush=True)
     return rows
 
+# -------------------------------------------------------------------------------------- methods
+
+# name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
+# the same base and control, fine-tuned for as many steps. A method is a line here.
+METHODS = {
+    ('dense', ''): ((), 'base dense', ''),
+    ('small', ''): ((), 'base dense', '--n_embd=176'),
+    ('d2dmoe', 'GELU kept'): ((), 'base dense sparsify moefy router', '--activation=gelu '
+                              '--sparsity_loss=gelu_clamp --sparsity_weight=5e-5 '
+                              '--router_loss=norm'),
+    ('d2dmoe', ''): (('dense', ''), 'sparsify moefy router', '--router_loss=norm'),
+    ('ours', ''): (('d2dmoe', ''), 'router', '--router_loss=active'),
+    ('moefication', ''): (('dense', ''), 'sparsify moefy router',
+                          '--sparsity_weight=0 --split=coactivation --router_loss=share'),
+    ('masks', ''): (('dense', ''), 'masks', '--n_masks=8'),
+    ('pruning', ''): (('dense', ''), 'prune', '--prune=0.5'),
+    ('d2dmoe', 'share'): (('d2dmoe', ''), 'router', '--router_loss=share'),
+    ('d2dmoe', 'router as the authors'): (('d2dmoe', ''), 'router', '--router_loss=norm '
+                                          '--router_steps=5000 --router_width=128'),
+    ('d2dmoe', 'random split'): (('d2dmoe', ''), 'moefy router',
+                                 '--split=random --router_loss=norm'),
+    ('d2dmoe', 'co-activation'): (('d2dmoe', ''), 'moefy router',
+                                  '--split=coactivation --router_loss=norm'),
+    ('d2dmoe', 'without sparsification'): (('dense', ''), 'sparsify moefy router',
+                                           '--sparsity_weight=0 --router_loss=norm'),
+    ('d2dmoe', 'penalty / 4'): (('dense', ''), 'sparsify moefy router',
+                                '--sparsity_weight=5e-4 --router_loss=norm'),
+    ('d2dmoe', 'penalty x 4'): (('dense', ''), 'sparsify moefy router',
+                                '--sparsity_weight=8e-3 --router_loss=norm'),
+    ('d2dmoe', 'projections'): (('dense', ''), 'attn sparsify moefy router',
+                                '--attn_projections=qkvo --router_loss=norm'),
+    ('d2dmoe', 'on the pruned'): (('pruning', ''), 'sparsify moefy router', '--router_loss=norm'),
+    ('moefication', 'k-means'): (('moefication', ''), 'moefy router',
+                                 '--split=kmeans --router_loss=share'),
+    ('moefication', 'random split'): (('moefication', ''), 'moefy router',
+                                      '--split=random --router_loss=share'),
+    ('moefication', 'centres'): (('moefication', ''), 'router',
+                                 '--router_loss=share --router_steps=0'),
+    ('masks', '2 of 8'): (('dense', ''), 'masks', '--n_masks=8 --masks_chosen=2'),
+    ('pruning', 'by output'): (('dense', ''), 'prune', '--prune=0.5 --prune_by=output'),
+    ('pruning', 'three quarters'): (('dense', ''), 'prune', '--prune=0.75'),
+    ('neuron', ''): (('d2dmoe', ''), 'moefy router', '--expert_size=1 --router_loss=active'),
+    ('exits', ''): (('dense', ''), 'exits', '--exits=1'),
+    ('halting', ''): (('dense', ''), 'halting', '--halting=1'),
+} | {('d2dmoe', f'experts of {s}'): (('d2dmoe', ''), 'moefy router',
+                                     f'--expert_size={s} --router_loss=norm')
+     for s in (4, 16, 32, 64, 128)}
+MAIN = 'dense', 'd2dmoe', 'ours', 'moefication', 'masks', 'pruning'      # three seeds
+
+def place(out_dir, method, seed):
+    name = '-'.join(filter(None, method)).replace(' ', '-').replace('/', 'by')
+    return os.path.join(out_dir, f'{name}-s{seed}')
+
+def run_method(train, method, seed, out_dir, options):
+    """Every phase of a method that is not done yet, and its evaluation -> (rows, seconds, base)."""
+    start, phases, own = METHODS[method]
+    folder, typed = place(out_dir, method, seed), [*options, f'--seed={seed}']
+    # a method's own options hold for its own phases; the files it starts from keep theirs
+    names = ['data.pt', 'base.pt', 'dense.pt']
+    while start:
+        source, before = place(out_dir, start, seed), phases.split()[0]
+        writes = [cls.writes for cls in train.PHASES.values()]
+        names += [f'{name}.pt' for name in writes[:list(train.PHASES).index(before)]]
+        os.makedirs(folder, exist_ok=True)
+        for name in names:
+            if os.path.exists(os.path.join(source, name)):
+                to = os.path.join(folder, name)
+                os.path.exists(to) or os.link(os.path.join(source, name), to)
+        start = METHODS[start][0]
+    where = f'--out_dir={folder}'
+    for phase in phases.split():
+        mine = train.ancestors(phase)
+        used = {*train.LOOP, 'out_dir', 'preset', *itertools.chain(
+            *(train.own_options(name) for name in mine))}
+        said = [a for a in (*typed, *own.split()) if a[2:].partition('=')[0] in used]
+        train.run(train.parse([*said, where, f'--phase={phase}']))
+    rows = train.run(train.parse(
+        [a for a in options if a.startswith(('--preset', '--eval_batches', '--batch_size'))]
+        + [where, '--phase=eval']))['rows']
+    if method[0] == 'small':                # compared with the other dense one
+        dense = place(out_dir, ('dense', ''), seed)
+        mine, other = (load(os.path.join(d, 'dense.pt')) for d in (folder, dense))
+        tokens = mine.config.block_size
+        share = mine.flops(tokens)['total'] / other.flops(tokens)['total']
+        rows = [read_results(dense)['rows'][0] | dict(method='')] + [
+            r | dict(flops=share, madds=share, speedup=None) for r in rows]
+    seconds = sum(data['metrics'].get('seconds', 0) for data in train.siblings(folder).values())
+    return rows, seconds, checkpoint_hash(os.path.join(folder, 'base.pt'))
+
+def method_row(r, rows, method, seed, seconds, base):
+    """A row of results.json as the methods' table has it."""
+    variant, routed = method[1], r['router_loss']
+    if routed and r['rule'] not in ('confidence', ROUTERS[routed].rule) or routed in CEILINGS:
+        variant = ' '.join(filter(None, [variant, routed * (routed in CEILINGS), r['rule']]))
+    quality = r['accuracy'] if r['metric'] == 'accuracy' else r['loss']
+    against = rows[0][r['metric']]
+    return dict(
+        method=method[0], variant=variant, seed=seed, machine=machine()['cpu'], base=base,
+        flops=r['flops'], madds=r['madds'], experts=r['experts'], quality=quality,
+        delta=quality / against - 1, picked=any(r is best for best in picked(rows).values()),
+        ms_per_1k_tokens=r['ms_per_1k_tokens'], speedup=r['speedup'], train_s=seconds,
+        weight_bytes=r['weight_bytes'], tau=r['tau'], rule=r['rule'], dtype=r['dtype'])
+
+def methods_suite(o, device, shape):
+    """Every method on the same base, control and steps. What is done is not done again."""
+    out_dir = o.out_dir or 'out-methods'
+    options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
+    bert = any(a.startswith('--preset=bert') for a in options) or o.train.is_labelled(o.data or '')
+    todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
+            if seed == 0 or method[0] in MAIN and not method[1]]
+    began = time.time()
+    for i, (method, seed) in enumerate(todo):
+        name = ' '.join(filter(None, method))
+        if method[0] in ('exits', 'halting') and not bert:
+            print(f'{name}: for BERTs only: the next tokens of a GPT need the keys and values of '
+                  'every block')
+            continue
+        if bert and (method[0] == 'small' or 'GELU' in name):
+            print(f'{name}: for GPTs only: a smaller BERT, or one of ReLU, that was trained on as '
+                  'much text is not at hand')
+            continue
+        left = f', {clock((time.time() - began) / i * (len(todo) - i))} left' if i else ''
+        print(f'---- {name}, seed {seed}: {i + 1} of {len(todo)}{left}', flush=True)
+        with torch.inference_mode(False):
+            found, seconds, base = run_method(o.train, method, seed, out_dir, options)
+        own = 'dense' if method[0] in ('dense', 'small') else None
+        rows += [method_row(r, found, method, seed, seconds, base) for r in found
+                 if r['method'] == own or not own and r['method'] not in ('dense', 'sparse')]
+        write_json(os.path.join(out_dir, 'methods.json'),
+                   dict(config=dict(options=options, seeds=o.seeds), rows=rows))
+    print_methods(rows)
+    return rows
+
+BUDGETS = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5
+
+def print_methods(rows):
+    """By method: the best quality relative to dense within each budget of FLOPs, mean over seeds
+    and half of their spread."""
+    print('\nchange against dense at FLOPs of ' + ', '.join(f'{b:.0%}' for b in BUDGETS))
+    for key, group in itertools.groupby(
+            sorted((r for r in rows if r['dtype'] == 'fp32'), key=lambda r: (
+                r['method'], r['variant'], r['seed'])), lambda r: (r['method'], r['variant'])):
+        group, line = list(group), f'{key[0]:12s}{key[1]:32s}'
+        sign = 1 if group[0]['quality'] <= 1 else -1             # accuracy, or loss
+        for budget in BUDGETS:
+            best = {}
+            for r in (r for r in group if r['flops'] <= budget + 1e-9):
+                best.setdefault(r['seed'], []).append(sign * r['delta'])
+            values = [sign * max(found) for found in best.values()]
+            spread = (max(values) - min(values)) / 2 if values else 0
+            line += f'{statistics.mean(values):+9.2%} ± {spread:.2%}' if values else f'{"-":>17s}'
+        print(line)
+
 # -------------------------------------------------------------------------------------- command
 
 SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=peers_suite,
-              engines=engines_suite)
+              engines=engines_suite, methods=methods_suite)
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -1206,6 +1369,9 @@ def options():
     add('--checkpoint', metavar='FILE.pt', help='of a converted model, for the suite engines; '
         'dense.pt is beside it')
     add('--tau', type=float, help='of a --checkpoint that was saved without a rule')
+    add('--data', help='of the suite methods, as train.py takes it; so are other options of it')
+    add('--seeds', type=int, default=3, help='of the main rows of the suite methods')
+    add('--out_dir', help='of the suite methods: it goes on where it was')
     add('--json', metavar='FILE', help='write a JSON line for each row')
     add('--plot', metavar='FILE.png', help='draw the layer suite')
     return parser
@@ -1238,8 +1404,10 @@ def run(o, shape=Shape()):
 
 if __name__ == '__main__':
     import train
-    o = options().parse_args()
-    o.train = train
+    o, o_rest = options().parse_known_args()
+    o.train, o.rest = train, o_rest
+    if o_rest and o.suite != 'methods':
+        options().error(f'{o_rest[0]} is no option of --suite={o.suite}')
     if o.checkpoints and len(sys.argv) > 1 + len(o.checkpoints):
         options().error('checkpoints are measured without the options of a suite')
     train.guarded(lambda: train.evaluation({}, o.checkpoints) if o.checkpoints else run(o))

@@ -1873,7 +1873,8 @@ def test_refusals(job, says, tmp_path):
 
 # -------------------------------------------------------------------------------------- bench
 
-@pytest.mark.parametrize('suite', [suite for suite in bench.SUITES if suite != 'engines'])
+@pytest.mark.parametrize('suite', [suite for suite in bench.SUITES
+                                   if suite not in ('engines', 'methods')])
 def test_suites(suite, tmp_path):
     toy = bench.Shape(D=24, H=48, sizes=(8, 16), tokens=(32, 3), bytes=1e4, n_layer=2,
                       vocab_size=99, prefill=(2, 8))
@@ -1885,6 +1886,40 @@ def test_suites(suite, tmp_path):
     if suite == 'layer':
         assert len(rows) == 3 * 2 * 2 * 4 + 11 and (tmp_path / 'p.png').stat().st_size > 1000
         assert all(r['limit'] > 0 and r['dense_ms'] for r in rows if r['suite'] == 'layer')
+
+def test_methods(text, tmp_path, monkeypatch, capsys):
+    chosen = {('small', ''): ((), 'base dense', '--n_embd=16')} | {
+        method: about for method, about in bench.METHODS.items() if method in [
+            ('dense', ''), ('d2dmoe', ''), ('pruning', ''),
+            ('d2dmoe', 'on the pruned'), ('moefication', ''), ('moefication', 'centres'),
+            ('exits', '')]}
+    monkeypatch.setattr(bench, 'METHODS', dict(sorted(chosen.items(), key=lambda m: m[0] == (
+        'small', ''))))
+    tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
+    o = bench.options().parse_args([
+        '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2'])
+    o.train, o.rest = train, [*tiny, '--n_experts=8']
+    rows = bench.run(o)
+    said = capsys.readouterr().out
+    assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
+    assert {(r['method'], r['seed']) for r in rows} == {
+        *itertools.product(['dense', 'd2dmoe', 'pruning', 'moefication'], (0, 1)),
+        ('small', 0)}
+    dense = rows[0]
+    assert dense['flops'] == dense['madds'] == 1 and dense['delta'] == 0 and dense['train_s'] > 0
+    assert {r['base'] for r in rows if r['seed'] == 0 and r['method'] != 'small'} == {dense['base']}
+    small = next(r for r in rows if r['method'] == 'small')
+    assert small['flops'] < 1 and small['weight_bytes'] < dense['weight_bytes']
+    for r in rows:
+        assert r['madds'] <= r['flops'] * 1.001 and r['quality'] > 0
+        assert r['delta'] == 0 or r['method'] != 'dense' or r['dtype'] == 'int8'
+    assert {'', 'topk', 'oracle dynk', 'oracle topk', 'on the pruned'} <= {
+        r['variant'] for r in rows if r['method'] == 'd2dmoe'}
+    # a second run finds everything done
+    monkeypatch.setattr(train, 'learn', None)
+    again = bench.run(o)
+    assert [r['quality'] for r in again] == [r['quality'] for r in rows]
+    assert json.load(open(tmp_path / 'methods.json'))['rows'] == again
 
 def test_engines(tmp_path, monkeypatch):
     """Ours and transformers, each in a process of its own, by turns; what is missing is named."""

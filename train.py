@@ -310,7 +310,8 @@ def check(typed, explicit):
                f'--{name}: --init_from={o.init_from} brings its own; leave it out')
     refuse('n_experts' in typed and o.expert_size,
            f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
-    new = not o.init_from and not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
+    splits = o.phase == 'all' or o.phase in PHASES and 'moefy' in ancestors(o.phase)
+    new = splits and not o.init_from and not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
     name = 'expert_size' if o.expert_size else 'n_experts'
     refuse(new and getattr(o, name) > 4 * o.n_embd, f'--{name}={getattr(o, name)}: more than the '
            f'{4 * o.n_embd} neurons of an FFN')
@@ -627,11 +628,11 @@ def run_phase(name, typed, value=None, source=None, path=None):
         if os.path.isfile(path):            # not any more, by --overwrite=1
             os.remove(path)
         return
-    steps, device, corpus = getattr(phase, 'steps', 0), pick_device(o), None
+    steps, device, corpus, began = getattr(phase, 'steps', 0), pick_device(o), None, time.time()
     done = own and own['step'] == own['steps']
     if not done:
         check_writable(path, make_folder=True)
-    looks = steps or getattr(phase, 'looks', False)
+    looks = steps or getattr(phase, 'looks', False) or hasattr(phase, 'report')
     if not parent or looks and not done:    # what the base learned from must not have changed
         corpus = open_corpus(o, os.path.dirname(source or path) or '.')
         learned = (parent or own or dict(data=corpus.about))['data']
@@ -663,6 +664,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
         notes |= phase.report(model, held_out(corpus, o, device)[:8])
+    # so far as it was not interrupted
+    notes['seconds'] = time.time() - began
     keep(steps)
 
 def pick_device(o):
@@ -755,7 +758,8 @@ def evaluation(typed, paths=()):
             had = e.data['options'][name]
             refuse(typed[name] != had, f'--{name}={typed[name]}: {e.path} was made with {had}; '
                    'leave the option out')
-    dense, sparse = (e.data['options'] for e in entries[:2])
+    dense = entries[0].data['options']
+    sparse = next((e.data['options'] for e in entries if e.data['phase'] == 'sparsify'), dense)
     if any(dense[key] != sparse[key] for key in own_options('dense')):
         print('warning: dense.pt and sparse.pt were trained for other steps or at another rate: '
               'run --phase=dense --overwrite=1')
