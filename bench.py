@@ -1306,6 +1306,9 @@ def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
     out_dir = o.out_dir or 'out-methods'
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
+    # whatever is fine-tuned takes sparsify's steps and rate
+    options += [a.replace('sparsify', phase) for a in options for phase in (
+        'prune', 'masks', 'halting') if a.startswith(('--sparsify_steps=', '--sparsify_lr='))]
     bert = any(a.startswith('--preset=bert') for a in options) or o.train.is_labelled(o.data or '')
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
             if seed == 0 or method[0] in MAIN and not method[1]]
