@@ -108,8 +108,8 @@ class MLP(nn.Module):
     def forward(self, x, tap=None):     # (T, D) -> (T, D)
         score = mask = rho = None
         if self.router is not None and self.router.rule:
-            score = self.router.net(x)                           # (T, R)
-            mask, rho = self.router.choose(score), self.router.rho                      # (T, E)
+            score, mask = self.router(x)                         # (T, R), (T, E)
+            rho = self.router.rho
         if tap is None or isinstance(tap, Masks):
             if tap is not None:
                 tap.append(mask)

@@ -233,8 +233,9 @@ class SoftMasks(nn.Module):
         self.alpha = nn.Parameter(torch.full((n_masks, H), ALPHA / SPEED))
         self.chosen, self.binary, self.density = chosen, False, None
 
-    def net(self, x):                   # (T, D) -> (T, K)
-        return linear(x, self.w).softmax(-1)
+    def forward(self, x):               # (T, D) -> (T, K), (T, H)
+        p = linear(x, self.w).softmax(-1)
+        return p, self.choose(p)
 
     def values(self):
         """The masks (K, H), and how likely each value is not 0."""

@@ -242,8 +242,9 @@ class Router(nn.Module):
         # a slice runs if any chosen output owns it
         return chosen if self.owners is None else (chosen.float() @ self.owners.float()) > 0
 
-    def forward(self, x):                   # (T, D) -> (T, E)
-        return self.choose(self.net(x))
+    def forward(self, x):                   # (T, D) -> (T, R), (T, E)
+        score = self.net(x)
+        return score, self.choose(score)
 
 # -------------------------------------------------------------------------------------- depth
 
