@@ -1941,18 +1941,23 @@ def test_engines(tmp_path, monkeypatch):
 
 def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
-                loss_pick=loss if pick is None else pick, **more)
+                loss_pick=loss if pick is None else pick, **dict(file='a.pt') | more)
 
 def test_picked_the_gap_to_topk_and_macro_f1():
     rows = [row(None, None, None, 1, 2.0), row(None, None, None, 1, 2.01),
             row('norm', 'dynk', 0.1, 0.6, 2.015), row('norm', 'dynk', 0.2, 0.5, 2.5, pick=2.02),
             row('norm', 'dynk', 0.3, 0.4, 2.0, pick=2.03), row('norm', 'topk', 0.5, 0.7, 2.1)]
     # within 1 % of dense by the half that picks, whatever the other half says
-    assert {key: r['tau'] for key, r in bench.picked(rows).items()} == {('norm', 'dynk'): 0.2}
+    assert {key: r['tau'] for key, r in bench.picked(rows).items()} == {
+        ('a.pt', 'norm', 'dynk'): 0.2}
     labelled = [r | dict(metric='accuracy', accuracy_pick=a)
                 for r, a in zip(rows, (0.9, 0.88, 0.895, 0.89, 0.5, 0.9))]
     assert {key: r['tau'] for key, r in bench.picked(labelled).items()} == {
-        ('norm', 'dynk'): 0.1, ('norm', 'topk'): 0.5}
+        ('a.pt', 'norm', 'dynk'): 0.1, ('a.pt', 'norm', 'topk'): 0.5}
+    # files of the same router are kept apart, and named where they are shown
+    both = [r | dict(method='d2dmoe') for r in (*rows, rows[2] | dict(file='out/b.pt', tau=0.15))]
+    assert bench.picked(both)['out/b.pt', 'norm', 'dynk']['tau'] == 0.15
+    assert [bench.label(both[i], both) for i in (2, -1)] == ['a', 'b']
     control = [row('', 'topk', 0, 0.4, 3.0), row('', 'topk', 0, 0.8, 2.0)]
     gap = bench.flops_gap([row('', '', 0, 0.6, 2.0), row('', '', 0, 0.9, 9.0)], control)
     assert gap == [pytest.approx(2.0 / 2.5 - 1)]
