@@ -1177,7 +1177,7 @@ def engine_rows(name, found, tasks, causal):
                 ms=1e3 * t, per_s=n / t, quality=quality[0] if quality else None,
                 weight_bytes=answer['size'], experts=answer['experts'][i],
                 peak_bytes=answer['peak'], threads=torch.get_num_threads(), only=only,
-                program=(job.engine, job.variant + f', {head}' * only, job.dtype)))
+                program=[job.engine, job.variant + f', {head}' * only, job.dtype]))
     base = {}
     for r in rows:
         if (r['engine'], r['variant'], r['dtype']) == ('ours', 'dense', 'fp32'):
