@@ -275,8 +275,9 @@ class Exits(nn.Module):
 
 @dataclass
 class LearnExits:
-    """Early exits (ZTW) on the dense model, which stays as it is; for a GPT, whose next tokens need
-    the keys and values of every block, there are none."""
+    """Early exits (ZTW) on the dense model, which stays as it is; for a BERT.
+
+    The next tokens of a GPT need the keys and values of every block."""
     reads = ('dense',)
     writes = 'exits'
     steps: int = 400
