@@ -169,6 +169,15 @@ def classification(predicted, labels):
         scores.append(2 * hits / ((predicted == c).sum() + (labels == c).sum()).item())
     return (predicted == labels).float().mean().item(), statistics.mean(scores)
 
+def spared(model, inputs, rho):
+    """FLOPs per token that are counted and not run: routed, only those of the hidden units that
+    are not zero meet the second matrix."""
+    model(**inputs, tap=(tap := []))
+    return sum(2 * model.config.n_embd * (
+        share * len(mlp.w_in)
+        - (kernel.masked(t['a'], t['mask'], mlp.offsets) != 0).sum(1).float().mean().item())
+        for mlp, t, share in zip(model.mlps(), tap, rho) if t['mask'] is not None)
+
 @torch.inference_mode()
 def row_of(model, dense, batches):
     """What the table says of a model on its fast path, timed in turn with dense. Every second batch
@@ -212,14 +221,8 @@ def row_of(model, dense, batches):
     if config.rule == 'topk':
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*times)
-    # routed, only what is not zero of the hidden units meets the second matrix
-    model(**batches[-1][0], tap=(tap := []))
-    spared = sum(2 * config.n_embd * (
-        share * len(mlp.w_in)
-        - (kernel.masked(t['a'], t['mask'], mlp.offsets) != 0).sum(1).float().mean().item())
-        for mlp, t, share in zip(mlps, tap, rho) if t['mask'] is not None)
     row = dict(
-        k=k, madds=max(0.0, cost['total'] - spared) / whole,
+        k=k, madds=max(0.0, cost['total'] - spared(model, batches[-1][0], rho)) / whole,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.state_dict().values()),
         experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
