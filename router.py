@@ -353,8 +353,9 @@ class LearnHalting:
         return model.parameters()
 
     def loss(self, model, batch, progress):
-        """Task, + 5e-4 of the mean depth, + 0.1 of the KL divergence of how the halting scores lie
-        over depth from a normal (sigma 1) around the target (A-ViT, eq. 8 to 12)."""
+        """Task, + 5e-4 of what was missing at the end (the part of the ponder cost that has a
+        gradient), + 0.1 of the KL divergence of how the halting scores lie over depth from a normal
+        (sigma 1) around the target (A-ViT)."""
         task, n = model.loss(batch), len(model.blocks)
         scores = F.pad(torch.stack(model.halting.scores), (0, n - len(model.halting.scores)))
         depth = torch.arange(1, n + 1, device=scores.device)

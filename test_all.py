@@ -1171,10 +1171,13 @@ def test_generation_is_full_recomputation(projections, length, rule):
     # what runs one operation at a time
     ({}, 'share', 'topk', 0.4), (dict(projections='qkvo'), 'norm', 'dynk', 0.4),
     (dict(n_embd=18), 'norm', 'dynk', 0.4), ({}, OWNERS, 'dynk', 0.4)])
-def test_int8_models(config, kind, rule, tau, poisoned):
+def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
     m, owners = tiny(**config), kind if kind is OWNERS else None
     if rule:
         routed(m, owners, kind if owners is None else 'norm').set_rule(rule, tau)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, 'have_cpp', lambda: False)
+        plain = copy.deepcopy(m).quantize('int8')
     first = copy.deepcopy(m).quantize('int8')
     fused = kind in ('', 'norm', 'active') and not {'projections', 'n_embd'} & config.keys()
     assert (first.fused() is not None) == fused
@@ -1191,7 +1194,10 @@ def test_int8_models(config, kind, rule, tau, poisoned):
         off = (got - want)[real].norm(dim=1) / want[real].norm(dim=1)
         # now and then a number lies halfway between two whole ones
         assert off.median() < 1e-4 and off.mean() < 0.01 and not got[~real].any()
-        assert (got - m.encode(idx, keep)).norm() < 0.3 * got.norm()
+        # no further from fp32 than whole numbers in torch are
+        exact = m.encode(idx, keep)
+        error, least = ((y - exact).norm() for y in (got, plain.encode(idx, keep)))
+        assert error < max(0.2 * got.norm(), 1.02 * least) and least < 0.3 * got.norm()
         # one token of each sequence: the very same bits, by any number of threads
         rows = real.long().cumsum(1).argmax(1) if m.config.causal else real.long().argmax(1)
         heads = torch.arange(len(idx)), rows

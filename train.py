@@ -663,7 +663,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
     if hasattr(phase, 'finish'):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
-        notes |= phase.report(model, held_out(corpus, o, device)[:8])
+        batches = held_out(corpus, o, device)                    # texts come by length
+        notes |= phase.report(model, batches[::max(1, len(batches) // 8)])
     # so far as it was not interrupted
     notes['seconds'] = time.time() - began
     keep(steps)
