@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import kernel
+from kernel import LayerCache
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
                    cross_entropy, export_plain, load, n_tokens, pad, read_checkpoint, reason, save,
                    transformers, write_atomically)
@@ -81,6 +82,24 @@ def in_turn(jobs, rounds, warmup=1, n=1):
             if i >= warmup:
                 times[name].append(seconds / n)
     return {name: statistics.median(t) for name, t in times.items()}
+
+def replayed(calls):
+    """On a GPU [one call] that does all `calls` as a CUDA graph, or the host's launches would be
+    what is timed; elsewhere `calls`."""
+    if not torch.cuda.is_available():
+        return calls
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    # what compiles does so before the capture
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return [partial(lambda graph, inputs: graph.replay(), graph, calls)]     # which must live on
 
 class Entry(NamedTuple):
     """A checkpoint that is to be measured."""
@@ -572,7 +591,7 @@ def dense_jobs(layers, x):
         with contextlib.suppress(Exception):        # not in this build, for this dtype or device
             calls = [partial(f, x, *(prepare(*w) if prepare else w)) for w in plain]
             calls[0]()
-            jobs[name] = calls
+            jobs[name] = replayed(calls)
     return jobs
 
 def routed(layers, x, masks, impl):
@@ -620,18 +639,20 @@ def layer_rows(o, shape, layers, x, cases, roof, dtype):
     """The rows of some tokens for cases (suite, s, rho), printed."""
     T, n, rows = len(x), max(1, min(len(layers), 768 // len(x))), []
     ways = dense_jobs(layers, x)
-    dense = in_turn(ways, 4, 2, n)
+    # a GPU replays all layers at a time
+    n, at_once = (1, len(layers)) if x.is_cuda else (n, 1)
+    dense = {k: t / at_once for k, t in in_turn(ways, 4, 2, n).items()}
     best = min(dense, key=dense.get)
     jobs = {'dense': ways[best]}
     for suite, s, rho in cases:
         masks = [torch.rand(T, shape.H // s, device=x.device) < rho for _ in layers]
-        jobs[suite, s, rho] = routed(layers, x, masks, o.impl)
+        jobs[suite, s, rho] = replayed(routed(layers, x, masks, o.impl))
     for s in shape.sizes:
         mlp = layers[0]._replace(offsets=torch.arange(0, shape.H + 1, s))
         router = Router('norm', mlp, None, 128).to(x.device, x.dtype)
         router.rule, router.tau = 'dynk', 0.5
-        jobs[s] = [partial(router, x)]
-    times = in_turn(jobs, 7, 2, n)
+        jobs[s] = replayed([partial(router, x)] * at_once)
+    times = {k: t / at_once for k, t in in_turn(jobs, 7, 2, n).items()}
     base, flops = times['dense'], 4 * T * shape.D * shape.H
     dense[best], roof['peak'] = base, max(roof['peak'], flops / base)
     for suite, s, rho in cases:
@@ -670,18 +691,32 @@ def model_suite(o, device, shape):
     def whole(m):
         return m.generate(idx, tokens, temperature=0) if decode else m(idx)
 
-    for rho in (0.1, 0.25, 0.5):
-        converted.set_rule('topk', rho)
+    def step(m, cache):                     # the token after idx; again and again, as a graph is
+        for layer in cache:
+            layer.n = idx.shape[1]
+        return m.logits(m.encode(idx[:, -1:], cache=cache))
+
+    def job(m):
+        if device == 'cpu':
+            return [partial(whole, m)]
+        if not decode:
+            return replayed([partial(whole, m)])
+        cache = [LayerCache(1024) for _ in m.blocks]
+        m.encode(idx, cache=cache)
+        return replayed([partial(step, m, cache)] * tokens)
+
+    kinds = [torch.float32] if device == 'cpu' else [torch.float32, torch.bfloat16]
+    for dtype, rho in itertools.product(kinds, (0.1, 0.25, 0.5)):
+        dense.to(dtype), converted.to(dtype).set_rule('topk', rho)
         for mlp in converted.mlps():
             mlp.router.rho = rho
-        times = in_turn(dict(dense=[partial(whole, dense)], converted=[partial(whole, converted)]),
-                        rounds=3)
+        times = in_turn(dict(dense=job(dense), converted=job(converted)), rounds=3)
         speedup = times['dense'] / times['converted']
         ours, theirs = tokens / times['converted'], tokens / times['dense']
-        rows.append(dict(suite=o.suite, T=T, rho=rho, expert_size=s, dtype='float32',
+        rows.append(dict(suite=o.suite, T=T, rho=rho, expert_size=s, dtype=str(dtype)[6:],
                          tokens_per_s=ours, dense_tokens_per_s=theirs, speedup=speedup))
-        print(f'{o.suite}  rho {rho:4.2f}  dense {theirs:8.1f} tokens/s  converted {ours:8.1f}  '
-              f'speedup {speedup:.2f}', flush=True)
+        print(f'{o.suite}  {str(dtype)[6:]:8s}  rho {rho:4.2f}  dense {theirs:8.1f} tokens/s  '
+              f'converted {ours:8.1f}  speedup {speedup:.2f}', flush=True)
     return rows
 
 def peers_suite(o, device, shape):
