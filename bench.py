@@ -482,13 +482,13 @@ def print_seeds(results, path):
 
 # -------------------------------------------------------------------------------------- pictures
 
-def new_axes():
-    """An empty picture. BadInput if matplotlib is not here."""
+def new_axes(columns=1):
+    """An empty picture, or several beside one another. BadInput if matplotlib is not here."""
     try:
         import matplotlib.figure
     except ImportError:
         raise BadInput('pictures need matplotlib: pip install matplotlib') from None
-    return matplotlib.figure.Figure(figsize=(7, 4.2)).subplots()
+    return matplotlib.figure.Figure(figsize=(7 * columns, 4.2)).subplots(1, columns)
 
 def save_picture(axes, path, **about):
     axes.set(**about)
@@ -532,6 +532,29 @@ def plot_layers(rows, path):
         axes.plot([r['rho'] for r in curve], [1 / r['speedup'] for r in curve], marker='o', ms=3,
                   label=f'T {T}, experts of {s}')
     save_picture(axes, path, xlabel='share of neurons run', ylabel='time (1 = dense)')
+
+def plot_methods(rows, path):
+    """Quality against FLOPs and against measured time: the mean over seeds of each method's own
+    rule, half of the spread as bars."""
+    pictures = new_axes(2)
+    metric = 'accuracy' if rows[0]['quality'] <= 1 else 'loss'
+    own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant'] and abs(r['delta']) < 0.06]
+    for marker, name in zip('o*s^vDPX<>', dict.fromkeys(r['method'] for r in own)):
+        points = {}
+        for r in (r for r in own if r['method'] == name):
+            points.setdefault((r['rule'], r['tau']), []).append(r)
+        for axes, cost in zip(pictures, (lambda r: r['flops'], lambda r: 1 / r['speedup'])):
+            line = sorted((100 * statistics.mean(map(cost, of)), [100 * r['delta'] for r in of])
+                          for of in points.values() if all(r['speedup'] for r in of))
+            if line:
+                x, y = zip(*line)
+                axes.errorbar(x, [statistics.mean(v) for v in y], [np.ptp(v) / 2 for v in y],
+                              marker=marker, ms=4, lw=1, capsize=2, label=name)
+    for axes, what in zip(pictures, ('FLOPs', 'measured time')):
+        axes.axhline(0, color='black', lw=0.6)
+        axes.set(xlabel=f'{what} of the whole model (% of dense)',
+                 ylabel=f'{metric} against dense (%)')
+    save_picture(pictures[1], path)
 
 # -------------------------------------------------------------------------------------- suites
 #
@@ -1293,7 +1316,7 @@ def place(out_dir, method, seed):
 def run_method(train, method, seed, out_dir, options):
     """Every phase of a method that is not done yet, and its evaluation -> (rows, seconds, base)."""
     start, phases, own = METHODS[method]
-    folder, typed = place(out_dir, method, seed), [*options, f'--seed={seed}']
+    folder = place(out_dir, method, seed)
     # a method's own options hold for its own phases; the files it starts from keep theirs
     names = ['data.pt', 'base.pt', 'dense.pt']
     while start:
@@ -1307,15 +1330,22 @@ def run_method(train, method, seed, out_dir, options):
                 os.path.exists(to) or os.link(os.path.join(source, name), to)
         start = METHODS[start][0]
     where = f'--out_dir={folder}'
+    # a preset's values are an option each: what an earlier phase was told otherwise stays so
+    preset = next((a[9:] for a in options if a.startswith('--preset=')), '')
+    said = {k: f'--{k}={v}' for k, v in train.PRESETS.get(preset, {}).items() if k != 'out_dir'}
+    said |= {a[2:].partition('=')[0]: a for a in (*options, f'--seed={seed}', *own.split())}
+    if 'expert_size' in said:
+        said.pop('n_experts', None)
+    # whatever is fine-tuned takes sparsify's steps and rate
+    for phase, what in itertools.product(('prune', 'masks', 'halting'), ('steps', 'lr')):
+        if f'sparsify_{what}' in said:
+            said[f'{phase}_{what}'] = said[f'sparsify_{what}'].replace('sparsify', phase)
     for phase in phases.split():
-        mine = train.ancestors(phase)
-        used = {*train.LOOP, 'out_dir', 'preset', *itertools.chain(
-            *(train.own_options(name) for name in mine))}
-        said = [a for a in (*typed, *own.split()) if a[2:].partition('=')[0] in used]
-        train.run(train.parse([*said, where, f'--phase={phase}']))
-    rows = train.run(train.parse(
-        [a for a in options if a.startswith(('--preset', '--eval_batches', '--batch_size'))]
-        + [where, '--phase=eval']))['rows']
+        mine = {*train.LOOP, *train.own_options(phase)}
+        train.run(train.parse([*(a for k, a in said.items() if k in mine), where,
+                               f'--phase={phase}']))
+    asked = [said[k] for k in ('eval_batches', 'batch_size') if k in said]
+    rows = train.run(train.parse([*asked, where, '--phase=eval']))['rows']
     if method[0] == 'small':                # compared with the other dense one
         dense = place(out_dir, ('dense', ''), seed)
         mine, other = (load(os.path.join(d, 'dense.pt')) for d in (folder, dense))
@@ -1344,9 +1374,6 @@ def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
     out_dir = o.out_dir or 'out-methods'
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
-    # whatever is fine-tuned takes sparsify's steps and rate
-    options += [a.replace('sparsify', phase) for a in options for phase in (
-        'prune', 'masks', 'halting') if a.startswith(('--sparsify_steps=', '--sparsify_lr='))]
     bert = any(a.startswith('--preset=bert') for a in options) or o.train.is_labelled(o.data or '')
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
             if seed == 0 or method[0] in MAIN and not method[1]]
@@ -1414,7 +1441,7 @@ def options():
     add('--seeds', type=int, default=3, help='of the main rows of the suite methods')
     add('--out_dir', help='of the suite methods: it goes on where it was')
     add('--json', metavar='FILE', help='write a JSON line for each row')
-    add('--plot', metavar='FILE.png', help='draw the layer suite')
+    add('--plot', metavar='FILE.png', help='draw the suite layer or methods')
     return parser
 
 def run(o, shape=Shape()):
@@ -1427,8 +1454,10 @@ def run(o, shape=Shape()):
         raise BadInput('--impl=triton needs triton and a GPU; leave it out to use what is here')
     if o.suite != 'engines' and (o.checkpoint or o.tau is not None):
         raise BadInput('--checkpoint and its --tau are for --suite=engines')
-    if o.impl and o.suite not in ('layer', 'peers') or o.plot and o.suite != 'layer':
-        raise BadInput(f'--suite={o.suite} takes no --impl (layer, peers) and no --plot (layer)')
+    plots = dict(layer=plot_layers, methods=plot_methods)
+    if o.impl and o.suite not in ('layer', 'peers') or o.plot and o.suite not in plots:
+        raise BadInput(f'--suite={o.suite} takes no --impl (layer, peers) or no --plot (layer, '
+                       'methods)')
     if o.plot:
         new_axes()
     for path in filter(None, (o.json, o.plot)):
@@ -1440,7 +1469,7 @@ def run(o, shape=Shape()):
         lines = ''.join(json.dumps(row) + '\n' for row in rows)
         write_atomically(o.json, lambda t: Path(t).write_text(lines))
     if o.plot:
-        plot_layers(rows, o.plot)
+        plots[o.suite](rows, o.plot)
     return rows
 
 if __name__ == '__main__':

@@ -1903,8 +1903,11 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
         'small', ''))))
     tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
     o = bench.options().parse_args([
-        '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2'])
-    o.train, o.rest = train, [*tiny, '--n_experts=8']
+        '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2',
+        '--plot', str(tmp_path / 'p.png')])
+    # what the others are told of the penalty is no option of MoEfication's, which has none
+    o.train = train
+    o.rest = ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
     rows = bench.run(o)
     said = capsys.readouterr().out
     assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
@@ -1926,6 +1929,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     again = bench.run(o)
     assert [r['quality'] for r in again] == [r['quality'] for r in rows]
     assert json.load(open(tmp_path / 'methods.json'))['rows'] == again
+    assert (tmp_path / 'p.png').stat().st_size > 1000
 
 def test_engines(tmp_path, monkeypatch):
     """Ours and transformers, each in a process of its own, by turns; what is missing is named."""
