@@ -87,11 +87,15 @@ def experts(x, mask, bundle, impl=None, rho=None):
 ANY, INF = None, math.inf
 CHOICES = [
     # device, bytes an element, activation, tokens at most -> implementation, limit, width
-    # GPUs, by the roofline in assets/gpu_kernels.txt (never checked on one). Few tokens only read
-    # the weights they need; many are bound by moving x in and y out, at s / rho FLOPs a byte.
+    # Measured on an H200, assets/layer-h200.txt. In bf16 one token only reads the weights it needs;
+    # 256 are too few to fill the tiles, 4096 are bound by moving x and y: s / rho FLOPs a byte.
+    ('cuda:90', 2, ANY, 1, 'triton', 0.55, 0),
+    ('cuda:90', 2, ANY, 1024, 'dense', INF, 0),
+    ('cuda:90', 2, ANY, INF, 'triton', 0.8, 640),
+    ('cuda:90', 4, ANY, INF, 'triton', 0.65, 0),
+    # Other GPUs by the roofline in assets/gpu_kernels.txt, never checked on one.
     ('gpu', ANY, ANY, FEW, 'triton', 0.8, 0),
     ('gpu', 4, ANY, INF, 'triton', 0.8, 32),
-    ('cuda:90', ANY, ANY, INF, 'triton', 0.8, 512),
     ('gpu', ANY, ANY, INF, 'triton', 0.8, 222),
     # CPUs, measured at D 768, H 3072. Zeros need no second matrix: 2.1 times as fast as dense at
     # rho 0.5, 1.1 at rho 1.
@@ -189,9 +193,14 @@ def dense_masked(x, mask, bundle, rho=None):
     # On a GPU looking at the mask would be waiting for it.
     everything = x.is_cpu and bool(mask.all())
     equal = x.is_cpu and E > 0 and H % E == 0 and bool((offsets.diff() == H // E).all())
+    fused = x.is_cuda and triton is not None and not torch.compiler.is_compiling()
     block = 512 if x.is_cpu else 4096
     for rows in (slice(i, i + block) for i in range(0, len(x), block)):
-        a = ACTIVATIONS[act](linear(x[rows], w_in, b_in))  # (block, H)
+        a = linear(x[rows], w_in, b_in)  # (block, H)
+        if fused:
+            y[rows] = linear(masked_activation(a, mask[rows], offsets, act), w_out.t(), b_out)
+            continue
+        a = ACTIVATIONS[act](a)
         # Equal experts need no mask of neurons: 0.95 times as fast as dense, not 0.82.
         if equal and not everything:
             a.view(len(a), E, H // E).masked_fill_(~mask[rows, :, None], 0)
@@ -467,6 +476,28 @@ def decode_kernel(x, mask, w_in, s_in, b_in, w_out, s_out, offsets, y, E, D,
             h *= tl.load(s_out + j, mask=runs, other=0)
         out = tl.sum(w2.to(tl.float32) * h[:, None], 0)  # (BD)
         tl.atomic_add(y + t * D + d, out, mask=d < D, sem='relaxed')
+
+@jit
+def mask_kernel(z, mask, expert, T, E, H, ACT: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    j = tl.program_id(1) * BH + tl.arange(0, BH)
+    inside = (t < T)[:, None] & (j < H)[None, :]  # (BT, BH)
+    e = tl.load(expert + j, mask=j < H, other=0)
+    run = tl.load(mask + t[:, None] * E + e[None, :], mask=inside, other=0)
+    here = z + t[:, None] * H + j[None, :]
+    a = activate(tl.load(here, mask=inside, other=0).to(tl.float32), ACT)
+    tl.store(here, tl.where(run != 0, a, 0.0).to(z.dtype.element_ty), mask=inside)
+
+def masked_activation(z, mask, offsets, act):
+    """act(z) where mask (T, E) chose the neuron's expert, else 0: z (T, H) in place, one pass. In
+    plain torch the passes over (T, H) cost as much as both products (bf16, an H200)."""
+    (T, H), E = z.shape, mask.shape[1]
+    expert = torch.bucketize(torch.arange(H, device=z.device), offsets[1:], right=True)
+    mask = mask.contiguous().view(torch.uint8)
+    grid = triton.cdiv(T, 16), triton.cdiv(H, 256)
+    options = gpu_target(z.device)[2]
+    mask_kernel[grid](z, mask, expert, T, E, H, ACT=act, BT=16, BH=256, num_warps=4, **options)
+    return z
 
 def compiler_options(target):
     # AMD: 16 x 16 matrix instructions, because with 32 x 32 the fp32 tiles spill scalar registers.

@@ -361,9 +361,12 @@ def test_on_a_gpu_linear_quantises_weights_only():
     ('cpu', fp32, 'gelu', 17, 10, 0.7, 'cpp'), ('cpu', fp32, 'gelu', 17, 10, 0.8, 'dense'),
     ('cpu', fp16, 'relu', 300, 8, 0.1, 'torch'), ('mps', fp32, 'relu', 300, 8, 0.1, 'dense'),
     ('cuda:80', bf16, 'gelu', 16, 768, 0.79, 'triton'), ('hip', fp32, 'relu', 1, 1, 0.8, 'dense'),
-    ('cuda:90', fp32, 'relu', 17, 32, 0.74, 'triton'), ('hip', fp32, 'relu', 17, 32, 0.76, 'dense'),
-    ('cuda:90', bf16, 'relu', 17, 3, 0.4, 'triton'), ('hip', bf16, 'relu', 17, 32, 0.11, 'dense'),
-    ('cuda:90', bf16, 'relu', 99, 6, None, 'dense'), ('hip', bf16, 'relu', 99, 6, None, 'triton')])
+    ('cuda:90', fp32, 'relu', 17, 32, 0.64, 'triton'), ('hip', fp32, 'relu', 17, 32, 0.76, 'dense'),
+    ('cuda:90', fp32, 'relu', 1, 32, 0.66, 'dense'), ('cuda:90', bf16, 'relu', 1, 3, 0.5, 'triton'),
+    ('cuda:90', bf16, 'relu', 17, 3, 0.1, 'dense'), ('hip', bf16, 'relu', 17, 32, 0.11, 'dense'),
+    ('cuda:90', bf16, 'relu', 4096, 6, 0.19, 'triton'),
+    ('cuda:90', bf16, 'relu', 4096, 6, None, 'dense'),
+    ('hip', bf16, 'relu', 99, 6, None, 'triton')])
 def test_dispatcher(device, dtype, act, T, E, rho, want, monkeypatch):
     kind = device if device in ('cpu', 'mps') else 'cuda'
     x = SimpleNamespace(shape=(T, 4), dtype=dtype, element_size=lambda: dtype.itemsize,
@@ -395,6 +398,9 @@ if INTERPRET:
             x, mask, bundle = layer(T, [24, 0, 150], 40, 0.7, dtype, act != 'relu', act)
             whole, same = in_int8(bundle)
             assert near(TRITON(x, mask, whole), fp64(x, mask, same))
+            z = F.linear(x, bundle.w_in, bundle.b_in)
+            want = kernel.masked(kernel.ACTIVATIONS[act](z.double()), mask, bundle.offsets)
+            assert near(kernel.masked_activation(z, mask, bundle.offsets, act), want)
 
 @needs_triton
 def test_triton_in_the_interpreter():
@@ -458,6 +464,7 @@ def test_compiles_for_gpus(target, monkeypatch):
     for dtype, act, D in [(bf16, 'relu', 80), (bf16, 'gelu', 768), (bf16, 'gelu_tanh', 768),
                           (fp32, 'relu', 80), (fp32, 'gelu_tanh', 768)]:
         x, mask, bundle = layer(300, [2] * 128, D, dtype=dtype, act=act)
+        kernel.masked_activation(torch.zeros(300, 256, dtype=dtype), mask, bundle.offsets, act)
         for bundle, size in ((bundle, dtype.itemsize), (in_int8(bundle)[0], 1)):
             TRITON(x[:1], mask[:1], bundle)
             key = target, 4 if dtype == fp32 else size
@@ -465,7 +472,8 @@ def test_compiles_for_gpus(target, monkeypatch):
                 with monkeypatch.context() as patch:
                     patch.setitem(kernel.TILES, key, [tile])
                     TRITON(x, mask, bundle)
-    assert {name for name, *_ in found} == {'decode_kernel', 'dispatch_kernel', 'expert_kernel'}
+    assert {name for name, *_ in found} == {
+        'decode_kernel', 'dispatch_kernel', 'expert_kernel', 'mask_kernel'}
     for name, options, binary in {binary.hash: (name, options, binary)
                                   for name, options, binary in found}.values():
         used = stack_and_spills(binary, target)
@@ -489,6 +497,7 @@ def test_gpu(dtype):
             # the second call as the first
             for _ in range(2):
                 check_experts(functools.partial(TRITON, rho=rho), *args)
+            check_experts(kernel.dense_masked, *args)
             whole, same = in_int8(args[2])
             assert near(TRITON(*args[:2], whole, rho), fp64(*args[:2], same))
         check_experts(TRITON, *layer(T, [0, 1, 37, 0, 150, 5, 0], 50, 0.5, dtype, device='cuda'))
