@@ -1356,9 +1356,10 @@ typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 
 // COLUMNS of a block are multiplied at a time, and lie together: (8 / COLUMNS, 8 rows, COLUMNS).
 // Whole: of x; Narrow: COLUMNS of x, for each row; Wide: of a block; Sum: of a panel;
-// TOKENS x PANELS sums fill the registers, as do LONG panels of one token; SURPLUS: of a weight
+// TOKENS x PANELS sums fill the registers, as do LONG panels of one token; SURPLUS: of a weight;
+// FULL: percent of blocks wanted from which sharing what is loaded, a dense product, is faster
 #if defined(__AVX512VNNI__)
-enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SURPLUS = 128 };
+enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SURPLUS = 128, FULL = 25 };
 typedef s8 Whole;
 typedef __m512i Narrow, Wide, Sum;
 static inline Narrow narrow(const s8* x) {
@@ -1373,7 +1374,7 @@ static inline v8i total(const Sum& s) {
     return (v8i)_mm512_cvtepi64_epi32(_mm512_add_epi32(s, _mm512_srli_epi64(s, 32)));
 }
 #elif defined(__AVX2__)
-enum { TOKENS = 3, PANELS = 3, LONG = 12, SURPLUS = 128 };
+enum { TOKENS = 3, PANELS = 3, LONG = 12, SURPLUS = 128, FULL = 40 };
 typedef __m256i Narrow, Wide, Sum;
 #if defined(__AVXVNNI__)
 enum { COLUMNS = 4 };
@@ -1399,7 +1400,7 @@ static inline Narrow narrow(const Whole* x) {
 static inline v8i total(const Sum& s) { return (v8i)s; }
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
-enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SURPLUS = 0 };
+enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SURPLUS = 0, FULL = 40 };
 typedef s8 Whole;
 typedef int8x16_t Narrow;
 struct Wide { int8x16_t v[2]; };
@@ -1417,7 +1418,7 @@ static inline void add(Sum& s, const Wide& w, const Narrow& x) {
 }
 static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #else
-enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SURPLUS = 128 };
+enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SURPLUS = 128, FULL = 40 };
 typedef s8 Whole;
 typedef const s8* Narrow;
 typedef const u8* Wide;
@@ -1594,8 +1595,7 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             h.set(t, unit, blocks, some);
             count[t] = some, filled += some;
         }
-        // Sharing what is loaded pays where most blocks are wanted
-        if (filled * 8 > 0.4 * n * H) return product(f.out, h, n, part, parts, {y, D, true});
+        if (filled * 8 * 100 > FULL * n * H) return product(f.out, h, n, part, parts, {y, D, true});
         const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
         sparse<LONG>(f.out, h, list.data(), H / 8, count.data(), n, p0, p1, {y, D, true});
     }
