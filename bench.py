@@ -157,14 +157,20 @@ def jobs_of(entries, o):
     jobs, routed = [job(e) for e in entries if not e.kind], [e for e in entries if e.kind]
     if o.dtype != 'fp32':
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
-    # MoEfication's beside its router
-    ceilings = [(e, 'truth') for e in routed if e.kind == 'share'][:1]
-    ceilings = [(e, 'oracle') for e in routed[:1]] + ceilings if o.dtype == 'fp32' else []
+    # of masks, which overlap, there is none; MoEfication's own beside its router
+    known = [e for e in routed if e.kind != 'masks' and o.dtype == 'fp32']
+    ceilings = [(e, 'oracle') for e in known[:1]]
+    ceilings += [(e, 'truth') for e in known if e.kind == 'share'][:1]
     for e, kind in [(e, e.kind) for e in routed] + ceilings:
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or 'topk']):
-            jobs += [job(e, kind, rule, tau) for tau in (GRID[rule] if o.tau is None else [o.tau])]
-    for e in routed if o.budget or o.max_loss else ():
+            grid = GRID[rule]
+            if kind == 'masks':             # one of them, two, three
+                K = e.data['config']['n_outputs'][0]
+                grid = [k / K for k in range(1, max(1, K // 2) + 1)]
+            jobs += [job(e, kind, rule, tau) for tau in (grid if o.tau is None else [o.tau])]
+    measured = [e for e in routed if e.data['config'].get('calibration')]
+    for e in measured if o.budget or o.max_loss else ():
         c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
         jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus)))
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
@@ -188,14 +194,16 @@ def classification(predicted, labels):
         scores.append(2 * hits / ((predicted == c).sum() + (labels == c).sum()).item())
     return (predicted == labels).float().mean().item(), statistics.mean(scores)
 
-def spared(model, inputs, rho):
+def spared(model, inputs):
     """FLOPs per token that are counted and not run: routed, only those of the hidden units that
     are not zero meet the second matrix."""
     model(**inputs, tap=(tap := []))
-    return sum(2 * model.config.n_embd * (
-        share * len(mlp.w_in)
-        - (kernel.masked(t['a'], t['mask'], mlp.offsets) != 0).sum(1).float().mean().item())
-        for mlp, t, share in zip(model.mlps(), tap, rho) if t['mask'] is not None)
+    zeros = 0.0
+    for mlp, t in zip(model.mlps(), tap):
+        if t['mask'] is not None:
+            wide = kernel.neuron_mask(t['mask'], mlp.offsets, len(mlp.w_in))
+            zeros += (wide & (t['a'] == 0)).sum(1).float().mean().item()
+    return 2 * model.config.n_embd * zeros
 
 @torch.inference_mode()
 def row_of(model, dense, batches):
@@ -241,8 +249,10 @@ def row_of(model, dense, batches):
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*times)
     row = dict(
-        k=k, madds=max(0.0, cost['total'] - spared(model, batches[-1][0], rho)) / whole,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.state_dict().values()),
+        k=k, madds=(cost['total'] - spared(model, batches[len(batches) // 2][0])) / whole,
+        weight_bytes=None if model.dtype == 'int8' else sum(
+            p.numel() * p.element_size() for p in model.state_dict().values()),
+        machine=machine()['cpu'],
         experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
@@ -422,9 +432,8 @@ def report(rows, curve_rows, activity, folder):
     for r in rows:
         for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype'] and all(
                 f[name] == r[name] for name in ('checkpoint', 'router_loss', 'rule', 'tau'))):
-            metric, sign = r['metric'], -1 if r['metric'] == 'accuracy' else 1
             print(f'{r["dtype"]} costs {r["method"]} {r["router_loss"] or ""} {setting(r)} '
-                  f'{sign * (r[metric] / same[metric] - 1):+.2%} of its {metric}')
+                  f'{worse(r, [same]):+.2%} of its {r["metric"]}')
     print(f'{os.path.join(folder, "results.json")} has every row'
           + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
 
@@ -445,12 +454,16 @@ def label(r, rows):
 def picked(rows):
     """{(file, router, rule): its cheapest row within 1 % of dense by the half that is not
     reported}: of the loss, or of the accuracy where texts are labelled."""
-    dense = rows[0]
-    if dense['metric'] == 'accuracy':
-        fits = [r for r in rows if r['accuracy_pick'] >= 0.99 * dense['accuracy_pick']]
-    else:
-        fits = [r for r in rows if r['loss_pick'] <= 1.01 * dense['loss_pick']]
-    return {key: min(curve, key=lambda r: r['flops']) for key, curve in curves(fits).items()}
+    return {key: min(curve, key=lambda r: r['flops'])
+            for key, curve in curves([r for r in rows if fits(r, rows)]).items()}
+
+def fits(r, rows):
+    return worse(r, rows, '_pick') <= 0.01 + 1e-9
+
+def worse(r, rows, half=''):
+    """By which share of dense a row is worse; half='_pick': on the half that is not reported."""
+    sign = -1 if r['metric'] == 'accuracy' else 1
+    return sign * (r[r['metric'] + half] / rows[0][r['metric'] + half] - 1)
 
 def flops_gap(curve, other):
     """Relative loss of a curve's points against another curve, interpolated to equal FLOPs."""
@@ -537,15 +550,15 @@ def plot_methods(rows, path):
     """Quality against FLOPs and against measured time: the mean over seeds of each method's own
     rule, half of the spread as bars."""
     pictures = new_axes(2)
-    metric = 'accuracy' if rows[0]['quality'] <= 1 else 'loss'
-    own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant'] and abs(r['delta']) < 0.06]
+    own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant']]
     for marker, name in zip('o*s^vDPX<>', dict.fromkeys(r['method'] for r in own)):
         points = {}
         for r in (r for r in own if r['method'] == name):
             points.setdefault((r['rule'], r['tau']), []).append(r)
         for axes, cost in zip(pictures, (lambda r: r['flops'], lambda r: 1 / r['speedup'])):
             line = sorted((100 * statistics.mean(map(cost, of)), [100 * r['delta'] for r in of])
-                          for of in points.values() if all(r['speedup'] for r in of))
+                          for of in points.values()
+                          if abs(statistics.mean(r['delta'] for r in of)) < 0.06)
             if line:
                 x, y = zip(*line)
                 axes.errorbar(x, [statistics.mean(v) for v in y], [np.ptp(v) / 2 for v in y],
@@ -553,7 +566,7 @@ def plot_methods(rows, path):
     for axes, what in zip(pictures, ('FLOPs', 'measured time')):
         axes.axhline(0, color='black', lw=0.6)
         axes.set(xlabel=f'{what} of the whole model (% of dense)',
-                 ylabel=f'{metric} against dense (%)')
+                 ylabel=f'{rows[0]["metric"]} against dense (%)')
     save_picture(pictures[1], path)
 
 # -------------------------------------------------------------------------------------- suites
@@ -1266,7 +1279,7 @@ def engine_rows(name, found, tasks, causal):
 # the same base and control, fine-tuned for as many steps. A method is a line here.
 METHODS = {
     ('dense', ''): ((), 'base dense', ''),
-    ('small', ''): ((), 'base dense', '--n_embd=176'),
+    ('small', ''): ((), 'base dense', ''),              # 0.69 of the width, half of the FLOPs
     ('d2dmoe', 'GELU kept'): ((), 'base dense sparsify moefy router', '--activation=gelu '
                               '--sparsity_loss=gelu_clamp --sparsity_weight=5e-5 '
                               '--router_loss=norm'),
@@ -1291,7 +1304,8 @@ METHODS = {
                                 '--sparsity_weight=8e-3 --router_loss=norm'),
     ('d2dmoe', 'projections'): (('dense', ''), 'attn sparsify moefy router',
                                 '--attn_projections=qkvo --router_loss=norm'),
-    ('d2dmoe', 'on the pruned'): (('pruning', ''), 'sparsify moefy router', '--router_loss=norm'),
+    ('d2dmoe', 'on the pruned'): (('dense', ''), 'prune sparsify moefy router', '--prune=0.5 '
+                                  '--prune_steps=0 --n_experts=64 --router_loss=norm'),
     ('moefication', 'k-means'): (('moefication', ''), 'moefy router',
                                  '--split=kmeans --router_loss=share'),
     ('moefication', 'random split'): (('moefication', ''), 'moefy router',
@@ -1339,7 +1353,12 @@ def run_method(train, method, seed, out_dir, options):
     # whatever is fine-tuned takes sparsify's steps and rate
     for phase, what in itertools.product(('prune', 'masks', 'halting'), ('steps', 'lr')):
         if f'sparsify_{what}' in said:
-            said[f'{phase}_{what}'] = said[f'sparsify_{what}'].replace('sparsify', phase)
+            like = said[f'sparsify_{what}'].replace('sparsify', phase)
+            said.setdefault(f'{phase}_{what}', like)
+    if method[0] == 'small':
+        D, heads = (int(said.get(k, f'={default}').partition('=')[2])
+                    for k, default in (('n_embd', 256), ('n_head', 4)))
+        said['n_embd'] = f'--n_embd={heads * int(0.69 * D / heads)}'
     for phase in phases.split():
         mine = {*train.LOOP, *train.own_options(phase)}
         train.run(train.parse([*(a for k, a in said.items() if k in mine), where,
@@ -1353,7 +1372,11 @@ def run_method(train, method, seed, out_dir, options):
         share = mine.flops(tokens)['total'] / other.flops(tokens)['total']
         rows = [read_results(dense)['rows'][0] | dict(method='')] + [
             r | dict(flops=share, madds=share, speedup=None) for r in rows]
-    seconds = sum(data['metrics'].get('seconds', 0) for data in train.siblings(folder).values())
+        for r in rows[1:]:                  # not in turn with the other
+            r['speedup'] = rows[0]['ms_per_1k_tokens'] / r['ms_per_1k_tokens']
+    control = 'dense' in phases.split() or method[0] == 'exits'
+    seconds = sum(data['metrics'].get('seconds', 0) for data in train.siblings(folder).values()
+                  if control or data['phase'] != 'dense')
     return rows, seconds, checkpoint_hash(os.path.join(folder, 'base.pt'))
 
 def method_row(r, rows, method, seed, seconds, base):
@@ -1361,12 +1384,13 @@ def method_row(r, rows, method, seed, seconds, base):
     variant, routed = method[1], r['router_loss']
     if routed and r['rule'] not in ('confidence', ROUTERS[routed].rule) or routed in CEILINGS:
         variant = ' '.join(filter(None, [variant, routed * (routed in CEILINGS), r['rule']]))
-    quality = r['accuracy'] if r['metric'] == 'accuracy' else r['loss']
-    against = rows[0][r['metric']]
+    alike = [rows[0], *(x for x in rows if x['dtype'] == r['dtype'])]
+    best = picked(alike).values() if r['rule'] else [x for x in alike if fits(x, rows)]
     return dict(
-        method=method[0], variant=variant, seed=seed, machine=machine()['cpu'], base=base,
-        flops=r['flops'], madds=r['madds'], experts=r['experts'], quality=quality,
-        delta=quality / against - 1, picked=any(r is best for best in picked(rows).values()),
+        method=method[0], variant=variant, seed=seed, machine=r['machine'], base=base,
+        flops=r['flops'], madds=r['madds'], experts=r['experts'], quality=r[r['metric']],
+        metric=r['metric'], delta=r[r['metric']] / rows[0][r['metric']] - 1,
+        worse_pick=worse(r, rows, '_pick'), picked=any(r is x for x in best),
         ms_per_1k_tokens=r['ms_per_1k_tokens'], speedup=r['speedup'], train_s=seconds,
         weight_bytes=r['weight_bytes'], tau=r['tau'], rule=r['rule'], dtype=r['dtype'])
 
@@ -1374,7 +1398,8 @@ def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
     out_dir = o.out_dir or 'out-methods'
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
-    bert = any(a.startswith('--preset=bert') for a in options) or o.train.is_labelled(o.data or '')
+    typed = o.train.parse(options)          # a wrong one now, not after hours
+    bert = typed.get('arch') == 'bert'
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
             if seed == 0 or method[0] in MAIN and not method[1]]
     began = time.time()
@@ -1384,17 +1409,22 @@ def methods_suite(o, device, shape):
             print(f'{name}: for BERTs only: the next tokens of a GPT need the keys and values of '
                   'every block')
             continue
-        if bert and (method[0] == 'small' or 'GELU' in name):
-            print(f'{name}: for GPTs only: a smaller BERT, or one of ReLU, that was trained on as '
-                  'much text is not at hand')
+        if 'init_from' in typed and (method[0] == 'small' or 'GELU' in name):
+            print(f'{name}: only where the base is trained from scratch: a smaller one, or one of '
+                  'ReLU, that has seen as much text as --init_from is not at hand')
+            continue
+        if bert and method[1] not in ('', 'on the pruned'):
+            print(f'{name}: ablations are for GPTs only')
             continue
         left = f', {clock((time.time() - began) / i * (len(todo) - i))} left' if i else ''
         print(f'---- {name}, seed {seed}: {i + 1} of {len(todo)}{left}', flush=True)
         with torch.inference_mode(False):
             found, seconds, base = run_method(o.train, method, seed, out_dir, options)
         own = 'dense' if method[0] in ('dense', 'small') else None
+        # ceilings belong to the experts, not to every router of them
         rows += [method_row(r, found, method, seed, seconds, base) for r in found
-                 if r['method'] == own or not own and r['method'] not in ('dense', 'sparse')]
+                 if (r['method'] == own or not own and r['method'] not in ('dense', 'sparse'))
+                 and (r['router_loss'] not in CEILINGS or 'moefy' in METHODS[method][1])]
         write_json(os.path.join(out_dir, 'methods.json'),
                    dict(config=dict(options=options, seeds=o.seeds), rows=rows))
     print_methods(rows)
@@ -1403,21 +1433,23 @@ def methods_suite(o, device, shape):
 BUDGETS = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5
 
 def print_methods(rows):
-    """By method: the best quality relative to dense within each budget of FLOPs, mean over seeds
-    and half of their spread."""
+    """By method: the quality relative to dense within each budget of FLOPs, by the setting that is
+    best on the other half of the held-out set; mean over seeds, of which all must reach it, and
+    half of their spread."""
     print('\nchange against dense at FLOPs of ' + ', '.join(f'{b:.0%}' for b in BUDGETS))
     for key, group in itertools.groupby(
             sorted((r for r in rows if r['dtype'] == 'fp32'), key=lambda r: (
                 r['method'], r['variant'], r['seed'])), lambda r: (r['method'], r['variant'])):
         group, line = list(group), f'{key[0]:12s}{key[1]:32s}'
-        sign = 1 if group[0]['quality'] <= 1 else -1             # accuracy, or loss
+        seeds = {r['seed'] for r in group}
         for budget in BUDGETS:
             best = {}
             for r in (r for r in group if r['flops'] <= budget + 1e-9):
-                best.setdefault(r['seed'], []).append(sign * r['delta'])
-            values = [sign * max(found) for found in best.values()]
-            spread = (max(values) - min(values)) / 2 if values else 0
-            line += f'{statistics.mean(values):+9.2%} ± {spread:.2%}' if values else f'{"-":>17s}'
+                best.setdefault(r['seed'], []).append((r['worse_pick'], r['delta']))
+            values = [min(found)[1] for found in best.values()]
+            said = f'{statistics.mean(values):+.2%}' if len(best) == len(seeds) else '-'
+            spread = f' ± {np.ptp(values) / 2:.2%}' if len(seeds) > 1 and said != '-' else ''
+            line += f'{said:>9s}{spread:8s}'
         print(line)
 
 # -------------------------------------------------------------------------------------- command

@@ -310,9 +310,11 @@ class Transformer(nn.Module):
 
     def budget(self, flops=None, max_loss=None):
         """A tau for every MLP, by what the router phase measured of each alone: the least loss at
-        no more than this share of the dense FLOPs, or the least FLOPs at no more than this share
-        of the loss added, as far as losses add up. Returns the model. BadInput if no tau is low
-        enough, or nothing was measured."""
+        no more than this share of the FLOPs of every expert, or the least FLOPs at no more than
+        this share added to the loss of every expert, as far as losses add up. Returns the model.
+        BadInput if no tau is low enough, or nothing was measured."""
+        if (flops is None) == (max_loss is None):
+            raise BadInput('budget: give one, FLOPs or the loss that may be added')
         c, found = self.config, self.config.calibration
         if not found:
             raise BadInput('nothing was measured to choose from: run --phase=router --overwrite=1')
@@ -469,18 +471,19 @@ class Transformer(nn.Module):
             tap.alive = alive
         return out
 
-    def leave_early(self, x, layout, tap=None):
+    def leave_early(self, x, layout, tap=None, only=False):
         """The logits of texts, each from the first block after which its exit is sure of them."""
         out, said = x.new_empty(layout.B, self.config.n_classes), []
         here, alive = torch.arange(layout.B, device=x.device), []
         for i, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
             alive.append(census(layout))
-            x = block(x, layout, None, tap, layout.head_rows() if last else None)
+            rows = layout.head_rows()
+            x = block(x, layout, None, tap, rows if last and only else None)
             if last:
-                out[here] = self.logits(x)
+                out[here] = self.logits(x if only else x[rows])
                 break
-            said.append(self.exits.head(i, x[layout.head_rows()], said[-1] if i else None))
+            said.append(self.exits.head(i, x[rows], said[-1] if i else None))
             answer = self.exits.answer(said)
             sure = answer.softmax(-1).amax(-1) >= self.exits.tau
             out[here[sure]] = answer[sure]
@@ -497,7 +500,8 @@ class Transformer(nn.Module):
 
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None, only=False):
         if self.exits is not None and self.exits.tau <= 1:
-            return self.leave_early(*self.embed(idx, attention_mask, token_type_ids), tap)
+            x, layout = self.embed(idx, attention_mask, token_type_ids)
+            return self.leave_early(x, layout, tap, only)
         h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
         return h if self.config.head is None else self.logits(h)
 

@@ -218,7 +218,7 @@ class Moefy:
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)
 ALPHA = 3.0                             # log alpha at the start: all masks are ones
-SPEED = 100                             # of log alpha and the multipliers, in learning rates
+TRAVEL = 13                             # as far as log alpha could move at a constant rate
 BINARY = 0.8                            # share of the run after which masks are 0 or 1, and stay
 
 class SoftMasks(nn.Module):
@@ -226,12 +226,12 @@ class SoftMasks(nn.Module):
     neuron is an expert, run as much as the token's masks say."""
     rule, rho = 'soft', None
 
-    def __init__(self, mlp, n_masks, chosen):
+    def __init__(self, mlp, n_masks, chosen, speed):
         super().__init__()
         H, D = mlp.w_in.shape
         self.w = nn.Parameter(torch.randn(n_masks, D) * 0.02)
-        self.alpha = nn.Parameter(torch.full((n_masks, H), ALPHA / SPEED))
-        self.chosen, self.binary, self.density = chosen, False, None
+        self.alpha = nn.Parameter(torch.full((n_masks, H), ALPHA / speed))
+        self.chosen, self.speed, self.binary, self.density = chosen, speed, False, None
 
     def forward(self, x):               # (T, D) -> (T, K), (T, H)
         p = linear(x, self.w).softmax(-1)
@@ -239,7 +239,7 @@ class SoftMasks(nn.Module):
 
     def values(self):
         """The masks (K, H), and how likely each value is not 0."""
-        log_alpha = SPEED * self.alpha
+        log_alpha = self.speed * self.alpha
         if self.binary or not self.training:
             z = stretched(log_alpha.sigmoid())
             return ((z >= 0.5).float(),) * 2 if self.binary else (z, (z > 0).float())
@@ -278,12 +278,16 @@ class LearnMasks:
     def wanted(self):
         return self.n_masks > 0
 
+    @property
+    def speed(self):                    # of log alpha and the multipliers, in learning rates
+        return TRAVEL / (self.steps * self.lr or 1)
+
     def prepare(self, model, batches):
         if not self.masks_chosen <= self.n_masks <= 8:
             raise BadInput(f'--n_masks={self.n_masks}: at most 8, of which --masks_chosen='
                            f'{self.masks_chosen} are taken')
         for mlp in model.ffns():
-            mlp.router = SoftMasks(mlp, self.n_masks, self.masks_chosen)
+            mlp.router = SoftMasks(mlp, self.n_masks, self.masks_chosen, self.speed)
             mlp.offsets = torch.arange(len(mlp.w_in) + 1, dtype=torch.int32)
         model.multipliers = nn.Parameter(torch.zeros(2))
 
@@ -301,7 +305,7 @@ class LearnMasks:
         ramp = min(1.0, progress / self.mask_ramp) if self.mask_ramp else 1.0
         over = torch.stack([r.density for r in routers]).mean() - 1 + ramp * (1 - self.mask_ratio)
         # the multipliers climb where everything else descends
-        linear_, square = SPEED * (2 * model.multipliers.detach() - model.multipliers)
+        linear_, square = self.speed * (2 * model.multipliers.detach() - model.multipliers)
         return task + linear_ * over + square * over ** 2, log
 
     @torch.no_grad()
@@ -312,7 +316,8 @@ class LearnMasks:
         found, c = [], model.config
         for i, mlp in enumerate(model.ffns()):
             soft, H = mlp.router, len(mlp.w_in)
-            masks = (stretched((SPEED * soft.alpha).sigmoid()) >= 0.5).T        # (H, K)
+            soft.binary = True
+            masks = soft.values()[0].bool().T        # (H, K)
             patterns, cluster = masks.unique(dim=0, return_inverse=True)
             if not patterns[0].any():   # the first, if it is there
                 stay, patterns = masks.any(1), patterns[1:]

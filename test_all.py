@@ -852,9 +852,9 @@ def test_hard_concrete_by_its_formulas():
     """Louizos et al. 2018: samples, how often they are not 0, and what is used at test time."""
     torch.manual_seed(0)
     m = tiny(n_hidden=40)
-    soft = moefy.SoftMasks(m.blocks[0].mlp, 3, 2).train()
+    soft = moefy.SoftMasks(m.blocks[0].mlp, 3, 2, 100).train()
     with torch.no_grad():
-        soft.alpha.copy_(torch.linspace(-4, 4, 120).view(3, 40) / moefy.SPEED)
+        soft.alpha.copy_(torch.linspace(-4, 4, 120).view(3, 40) / soft.speed)
     draws = [soft.values() for _ in range(2000)]
     zs, likely = torch.stack([z for z, _ in draws]), draws[0][1]
     assert 0 <= zs.min() and zs.max() <= 1 and ((zs == 0).any() and (zs == 1).any())
@@ -880,7 +880,7 @@ def test_learned_masks_become_experts(chosen):
         for mlp in m.ffns():
             pattern = torch.randint(0, 8, (43,))
             bits = torch.stack([pattern >> k & 1 for k in range(3)])
-            mlp.router.alpha.copy_((bits * 2 - 1) / moefy.SPEED * 3)
+            mlp.router.alpha.copy_((bits * 2 - 1) / mlp.router.speed * 3)
             mlp.router.w.normal_()
     want = []
     for mlp in m.ffns():
@@ -926,7 +926,8 @@ def slow_exits(m, text, tau):
             h = torch.cat([h, m.exits.norms[i](logits[-1])])
         logits.append(h @ head.weight.T + head.bias)
         answer = m.exits.biases[i] + sum(
-            math.exp(m.exits.weights[i, j]) * logits[j].log_softmax(0) for j in range(i + 1))
+            math.exp(m.exits.weights[i, j]) * logits[j].log_softmax(0)
+            for j in range(i + 1)) / (i + 1)
         if answer.softmax(0).max() >= tau:
             return answer, i + 1
     return m.logits(hidden[-1][None])[0], len(m.blocks)

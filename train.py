@@ -162,10 +162,11 @@ class Base:
             setattr(self, name, getattr(c, name))
         dense = Config(dropout=self.dropout)
         for name in ('n_experts', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau',
-                     'floor', 'dropout'):
+                     'floor', 'dropout', 'taus', 'calibration', 'exits', 'halting'):
             setattr(c, name, getattr(dense, name))
         state = {k: v[[0, -1]] if k.endswith('.offsets') else v
-                 for k, v in model.state_dict().items() if '.router.' not in k}
+                 for k, v in model.state_dict().items()
+                 if '.router.' not in k and not k.startswith(('exits.', 'halting.'))}
         return build(dict(config=asdict(c), model=state, data=about))
 
     def prepare(self, model, batches):
@@ -191,9 +192,9 @@ PHASES = dict(base=Base, dense=Dense, prune=Prune, attn=Distil, sparsify=Sparsif
 WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
                       'dtype', 'batch_size', 'budget', 'max_loss'),
-                sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'budget', 'prompt', 'n_tokens',
-                        'temperature', 'top_k', 'router_loss', 'seed', 'dtype'),
-                export=(*WHERE, 'rule', 'tau', 'floor', 'budget', 'to', 'router_loss'))
+                sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'budget', 'max_loss', 'prompt',
+                        'n_tokens', 'temperature', 'top_k', 'router_loss', 'seed', 'dtype'),
+                export=(*WHERE, 'rule', 'tau', 'floor', 'budget', 'max_loss', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
 # what an annotation may ask for, beside a dict of choices
 RANGES = {'0,1,2': ('different whole numbers, a comma between them',
@@ -326,15 +327,19 @@ def check(typed, explicit):
 
 def least_flops(o):
     """What of the dense FLOPs is left where no expert runs."""
-    made = os.path.join(o.out_dir, 'base.pt')
-    if os.path.exists(made) or o.init_from:
-        c = peek(made if os.path.exists(made) else o.init_from)[0]
+    made = [os.path.join(o.out_dir, name) for name in ('attn.pt', 'base.pt')]
+    made = next(filter(os.path.exists, made), o.init_from)
+    if made:
+        c = peek(made)[0]
     else:
         c = Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
-                   vocab_size=50257 if o.tokenizer == 'gpt2' else 256)
+                   block_size=o.block_size, vocab_size=50257 if o.tokenizer == 'gpt2' else 256)
+    c.projections = o.attn_projections or c.projections
     with torch.device('meta'):
-        cost = Transformer(c).flops(o.block_size)
-    return 1 - cost['mlp'] / cost['total']
+        model = Transformer(c)
+    all_off = [0.0] * len(model.mlps())
+    whole, least = (model.flops(c.block_size, rho)['total'] for rho in (None, all_off))
+    return least / whole
 
 def print_help():
     print(__doc__)
@@ -789,8 +794,8 @@ def chosen(typed, device):
     ruled = {'tau', 'rule', 'floor'} & typed.keys()
     refuse(ruled and not kind,
            f'--{min(ruled, default="")}: {path} has no routers yet; run --phase=router first')
-    if o.budget:
-        model.budget(o.budget)
+    if o.budget or o.max_loss:
+        model.budget(o.budget or None, o.max_loss or None)
         print(f'{path}: tau of every MLP {" ".join(map(str, model.config.taus))}')
     elif kind and (ruled or o.phase == 'sample'):
         rule = o.rule or ROUTERS[kind].rule
