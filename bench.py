@@ -176,13 +176,11 @@ def jobs_of(entries, o):
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
                    if e.data['config'].get('exits') for tau in CONFIDENCE]
 
-def quantised_jobs(entries, rows):
+def quantised_jobs(entries, rows, names):
     """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
     wanted = [rows[0]] + [
         r for (_, kind, rule), r in picked(rows).items()
         if rule == 'confidence' or kind not in CEILINGS and rule == ROUTERS[kind].rule]
-    # in the order of job()
-    names = 'checkpoint', 'router_loss', 'rule', 'tau', 'floor', 'dtype', 'taus'
     return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
             for r in wanted for e in entries if e.hash == r['checkpoint']]
 
@@ -218,10 +216,8 @@ def row_of(model, dense, batches):
         return m(**inputs, tap=masks), masks
 
     def rho(masks):                         # the share of neurons run in each MLP
-        sizes = [mlp.offsets.diff().float() / len(mlp.w_in) for mlp in mlps]
-        masks = masks + [None] * (len(mlps) - len(masks))        # all may have left before
-        return [1.0 if mask is None else (mask.float().mean(0) @ size).item()
-                for mask, size in zip(masks, sizes)]
+        # all may have left before
+        return [mlp.share(mask) for mlp, mask in itertools.zip_longest(mlps, masks)]
 
     # a GPU sizes its grid by it
     for mlp, share in zip(mlps, rho(run(model, batches[0][0])[1])):
@@ -358,7 +354,7 @@ def evaluate(entries, batches, o, settings, folder, device):
         for job in jobs:
             measure(*job)
         # what is deployed; on a GPU only the weights would be int8
-        for job in quantised_jobs(entries, reported('fp32')) if device == 'cpu' else ():
+        for job in quantised_jobs(entries, reported('fp32'), jobs[0][1]) if device == 'cpu' else ():
             measure(*job)
     finally:
         results['rows'] = rows_so_far()
@@ -1060,12 +1056,10 @@ def turn(calls, most):
 
 def share_run(forward, inputs):
     """The share of neurons that our model runs on these texts; None of another's."""
-    model, masks = getattr(forward, 'model', None), Masks()
-    if model is None or not model.config.rule:
-        return None if model is None else 1.0
-    forward(inputs, tap=masks)
-    sizes = [mlp.offsets.diff() / mlp.offsets[-1] for mlp in model.mlps()]
-    return statistics.mean((mask.float().mean(0) @ s).item() for mask, s in zip(masks, sizes))
+    if not hasattr(forward, 'model'):
+        return None
+    forward(inputs, tap=(masks := Masks()))
+    return statistics.mean(mlp.share(mask) for mlp, mask in zip(forward.model.mlps(), masks))
 
 def quality_of(forward, job, held_out):
     """{only: accuracy on texts, or loss on windows, which takes the logits of all tokens}."""

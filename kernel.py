@@ -589,16 +589,13 @@ NATIVE = [['-march=native', '-fopenmp', *ALIKE], ['-march=native', '-fopenmp'], 
           ['-mcpu=native']]
 PID = os.getpid()
 
-class Job(ctypes.Structure):
-    """One call of the fp32 and bf16 kernel: a struct of the source below, as those that follow."""
-    pointers = 'x', 'mask', 'w_in', 'b_in', 'w_out', 'b_out', 'offsets', 'y'
-    _fields_ = [*((name, ctypes.c_void_p) for name in pointers),
-                *((name, ctypes.c_int64) for name in 'TDE'),
-                *((name, ctypes.c_int) for name in ('act', 'threads'))]
-
 def fields(pointers='', sizes='', floats=''):
     kinds = (pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (floats, ctypes.c_float)
     return [(name, kind) for names, kind in kinds for name in names.split()]
+
+class Job(ctypes.Structure):
+    """One call of the fp32 and bf16 kernel: a struct of the source below, as those that follow."""
+    _fields_ = fields('x mask w_in b_in w_out b_out offsets y', 'T D E act threads')
 
 class CMatrix(ctypes.Structure):
     _fields_ = fields('w scale bias', 'N K panel step')
@@ -719,23 +716,11 @@ class Int8:
     def shape(self):
         return self.N, self.K
 
-    def numel(self):
-        return self.N * self.K
-
     def part(self, a, b):
         """Rows a .. b, whole blocks, sharing memory."""
         unit = 8 if self.w.dtype == torch.uint8 else 1
         bias = None if self.bias is None else self.bias[a:b]
         return Int8(self.w[a // unit:b // unit], self.scale[a:b], bias, b - a, self.K, False)
-
-    def rows(self):
-        """The whole numbers as floats: (N, K)."""
-        if self.w.dtype == torch.int8:
-            return self.w.float()
-        w = self.w.view(*self.w.shape[:2], -1, 8, library().columns()).float() - 128
-        w = w.transpose(2, 3).flatten(3)
-        w = w.transpose(2, 3) if self.by_column else w
-        return w.transpose(1, 2).reshape(8 * w.shape[0], -1)[:self.N, :self.K]
 
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
@@ -773,7 +758,7 @@ def int8_linear(x, m):
                           n_threads())
     else:
         q, scale = whole_numbers(flat)
-        y = F.linear(q, m.rows()) * (scale * m.scale)
+        y = F.linear(q, m.w.float()) * (scale * m.scale)
         y = y if m.bias is None else y + m.bias
     return y.view(*x.shape[:-1], m.N)
 
@@ -793,7 +778,7 @@ def int8_experts(x, mask, bundle, rho=None):
     a = ACTIVATIONS[act](int8_linear(x, w_in))
     a = masked(a, mask, bundle.offsets) * w_out.scale
     q, scale = whole_numbers(a)
-    y = q @ w_out.rows() * scale
+    y = q @ w_out.w.float() * scale
     return (y if w_out.bias is None else y + w_out.bias).to(x.dtype)
 
 def c_matrix(m):
@@ -1034,7 +1019,7 @@ __attribute__((noinline)) static v4 gelu(v4 h, int act) { return activate(h, act
 
 template <class W> struct Job {  // one call; kernel.py fills it through ctypes
     const W* x; const uint8_t* mask; const W* w_in; const float* b_in; const W* w_out;
-    const float* b_out; const int* offsets; W* y; i64 T, D, E; int act, threads;
+    const float* b_out; const int* offsets; W* y; i64 T, D, E, act, threads;
     i64 strips() const { return (D + STRIP - 1) / STRIP; }
 };
 struct Buffer {  // aligned, so that no vector of ours straddles two cache lines

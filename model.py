@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
                     encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
-from router import CEILINGS, Exits, FLOOR, GRID, Halting, Router
+from router import CEILINGS, Exits, FLOOR, GRID, Halting, Norm, Router, Share
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
@@ -125,10 +125,15 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def sort_neurons(self, order, offsets):
-        """Put neuron order[i] at row i and cut the rows at `offsets`: the output stays."""
-        for p in (self.w_in, self.b_in, self.w_out):
-            p.copy_(p[order])
+        """Put neuron order[i] at row i, drop those not in it, and cut the rows at `offsets`."""
+        for name in ('w_in', 'b_in', 'w_out'):
+            p = getattr(self, name)
+            setattr(self, name, nn.Parameter(p[order], p.requires_grad))
         self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
+
+    def share(self, mask):              # of the neurons that run: mask (T, E), None: all
+        size = self.offsets.diff().float() / len(self.w_in)
+        return 1.0 if mask is None else (mask.float().mean(0) @ size).item()
 
     def quantize(self):
         """Both matrices as Int8, every expert filled up to whole blocks with neurons that are 0."""
@@ -361,7 +366,8 @@ class Transformer(nn.Module):
                 self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
             for mlp in self.mlps():
                 mlp.quantize()
-                two = mlp.router is not None and self.config.router_loss in TWO_LAYERS
+                # of other networks nothing is known
+                two = mlp.router is not None and isinstance(mlp.router.net, (Norm, Share))
                 for i in '12' if two else ():
                     quantize(mlp.router.net, f'w{i}', f'b{i}')
             for block in self.blocks if not self.config.projections else ():
@@ -587,8 +593,6 @@ class Transformer(nn.Module):
 
 # Of each model in int8 its fused(): pointers, which a copy of the model must not share.
 FUSED = weakref.WeakKeyDictionary()
-# routers of two matrices, w1 and w2: of other networks nothing is known
-TWO_LAYERS = 'norm', 'active', 'share'
 
 def int8_blocks(model):
     layers, c = [], model.config

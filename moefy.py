@@ -156,21 +156,17 @@ def together(fires):
 
 def deal(mlp, n_experts, seed=0, fires=None):
     """The control: the same sizes, neurons dealt at random -> cluster (H,)."""
-    n_hidden = len(mlp.w_in)
-    order = torch.randperm(n_hidden, generator=torch.Generator().manual_seed(seed))
-    cluster = torch.empty(n_hidden, dtype=torch.long)
-    sizes = expert_sizes(n_hidden, n_experts)
-    cluster[order] = torch.arange(n_experts).repeat_interleave(sizes)
-    return cluster
+    labels = torch.arange(n_experts).repeat_interleave(expert_sizes(len(mlp.w_in), n_experts))
+    generator = torch.Generator().manual_seed(seed)
+    return labels[torch.randperm(len(labels), generator=generator).argsort()]
 
 SPLITS = dict(kmeans=kmeans, coactivation=coactivation, random=deal)
 
 def split_mlp(mlp, n_experts, split='kmeans', seed=0, fires=None):
-    """Sort one MLP's neurons into experts, in place. Returns the cluster that each was in."""
+    """Sort one MLP's neurons into experts, in place."""
     cluster = SPLITS[split](mlp, n_experts, seed, fires)
     offsets = F.pad(cluster.bincount(minlength=n_experts).cumsum(0), (1, 0))
     mlp.sort_neurons(cluster.argsort(stable=True).to(mlp.w_in.device), offsets)
-    return cluster
 
 @torch.no_grad()
 def watch(model, batches):
@@ -187,8 +183,7 @@ def watch(model, batches):
 @dataclass
 class Moefy:
     """Sort the neurons of every MLP into experts: the output stays what it was."""
-    reads = ('sparse',)
-    writes = 'moe'
+    reads, writes = ('sparse',), 'moe'
     n_experts: Annotated[int, '> 0'] = 128
     expert_size: int = 0                # neurons an expert, instead of n_experts
     split: Annotated[str, SPLITS] = 'kmeans'
@@ -266,17 +261,14 @@ def union(gates, masks, indices):
 @dataclass
 class LearnMasks:
     """Mixture-of-Masks: learned masks over neurons, of which every token takes some."""
-    reads = ('base',)
-    writes = 'masks'
+    reads, writes = ('base',), 'masks'
+    wanted = 'n_masks'
     steps: int = 130
     lr: float = 1e-3
     n_masks: int = 0                    # of an FFN, at most 8; 0: no such phase
     masks_chosen: Annotated[int, '> 0'] = 1     # by each token
     mask_ratio: Annotated[float, '0..1'] = 0.3  # share of the neurons to run
     mask_ramp: Annotated[float, '0..1'] = 0.5   # share of the run over which it falls from 1
-
-    def wanted(self):
-        return self.n_masks > 0
 
     @property
     def speed(self):                    # of log alpha and the multipliers, in learning rates
@@ -319,13 +311,10 @@ class LearnMasks:
             soft.binary = True
             masks = soft.values()[0].bool().T        # (H, K)
             patterns, cluster = masks.unique(dim=0, return_inverse=True)
+            order, sizes = cluster.argsort(stable=True), cluster.bincount()
             if not patterns[0].any():   # the first, if it is there
-                stay, patterns = masks.any(1), patterns[1:]
-                for name in ('w_in', 'b_in', 'w_out'):
-                    setattr(mlp, name, nn.Parameter(getattr(mlp, name)[stay]))
-                cluster = cluster[stay] - 1
-            offsets = F.pad(cluster.bincount().cumsum(0), (1, 0))
-            mlp.sort_neurons(cluster.argsort(stable=True), offsets)
+                order, sizes, patterns = order[sizes[0]:], sizes[1:], patterns[1:]
+            mlp.sort_neurons(order, F.pad(sizes.cumsum(0), (1, 0)))
             mlp.router = Router('masks', mlp, patterns.T.contiguous(), 0)
             mlp.router.net.w.copy_(soft.w)
             shared = int(masks.all(1).sum())

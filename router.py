@@ -278,14 +278,11 @@ class LearnExits:
     """Early exits (ZTW) on the dense model, which stays as it is; for a BERT.
 
     The next tokens of a GPT need the keys and values of every block."""
-    reads = ('dense',)
-    writes = 'exits'
+    reads, writes = ('dense',), 'exits'
+    wanted = 'exits'
     steps: int = 400
     lr: float = 1e-2
     exits: bool = False                     # 1: heads after every block, for texts that leave early
-
-    def wanted(self):
-        return self.exits
 
     def prepare(self, model, batches):
         model.add_exits()
@@ -328,16 +325,13 @@ class Halting(nn.Module):
 @dataclass
 class LearnHalting:
     """Token halting (A-ViT), for a BERT; a GPT's later tokens need the earlier ones' keys."""
-    reads = ('base',)
-    writes = 'halting'
+    reads, writes = ('base',), 'halting'
+    wanted = 'halting'
     looks = True
     steps: int = 130
     lr: float = 1e-3
     halting: bool = False                   # 1: tokens that have been read enough leave
     halt_depth: Annotated[float, '0..1'] = 0.5      # share of the blocks that a token should take
-
-    def wanted(self):
-        return self.halting
 
     @torch.no_grad()
     def prepare(self, model, batches):
@@ -372,8 +366,7 @@ class LearnHalting:
 @dataclass
 class Route:
     """A router in front of every MLP of the frozen model; each kind is a checkpoint of its own."""
-    reads = ('moe',)
-    writes = 'd2dmoe'
+    reads, writes = ('moe',), 'd2dmoe'
     each = 'router_loss'                    # one run for each of its values
     steps: int = 280
     lr: float = 5e-3
@@ -408,11 +401,9 @@ class Route:
         def measured(i):
             """Loss, the share of neurons that MLP i runs, tokens of a text."""
             losses, shares, tokens = [], [], []
-            size = mlps[i].offsets.diff().float() / len(mlps[i].w_in)
             for batch in batches:
                 losses.append(model.loss(batch, tap := []))
-                mask = tap[i]['mask']
-                shares.append(1.0 if mask is None else (mask.float().mean(0) @ size).item())
+                shares.append(mlps[i].share(tap[i]['mask']))
                 tokens.append(len(tap[i]['x']) / len(batch[1]))
             return (torch.stack(losses).mean().item(), sum(shares) / len(shares),
                     sum(tokens) / len(tokens))

@@ -39,7 +39,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from model import MLP, BadInput, checkpoint_hash, cross_entropy, load, projection_width
@@ -89,16 +88,13 @@ def statistics(tap):
 @dataclass
 class Prune:
     """The control: remove the neurons that do least, equally many in every FFN, and train on."""
-    reads = ('base',)
-    writes = 'pruned'
+    reads, writes = ('base',), 'pruned'
+    wanted = 'prune'
     looks = True
     steps: int = 130
     lr: float = 1e-3
     prune: Annotated[float, '0..1'] = 0.0   # share of the neurons to remove; 0: no such phase
     prune_by: Literal['activation', 'output'] = 'activation'     # mean |a|, or |a| |w_out|
-
-    def wanted(self):
-        return self.prune > 0
 
     @torch.no_grad()
     def prepare(self, model, batches):
@@ -111,10 +107,7 @@ class Prune:
             if mlp not in model.ffns():
                 continue
             does = sum(means) * (mlp.w_out.norm(dim=1) if self.prune_by == 'output' else 1)
-            stay = does.topk(n).indices.sort().values
-            for name in ('w_in', 'b_in', 'w_out'):
-                setattr(mlp, name, nn.Parameter(getattr(mlp, name)[stay]))
-            mlp.offsets = mlp.offsets.new_tensor([0, n])
+            mlp.sort_neurons(does.topk(n).indices.sort().values, [0, n])
         model.config.n_hidden = n
 
     def parameters(self, model):
@@ -126,8 +119,7 @@ class Prune:
 @dataclass
 class Sparsify:
     """ReLU for GELU, then task loss + alpha(t) * penalty."""
-    reads = ('attn', 'pruned', 'base')
-    writes = 'sparse'
+    reads, writes = ('attn', 'pruned', 'base'), 'sparse'
     steps: int = 130                    # of dense, too
     lr: float = 1e-3                    # of dense, too
     sparsity_loss: Literal['l1', 'hoyer', 'gelu_clamp'] = 'l1'   # gelu_clamp keeps GELU
@@ -187,14 +179,11 @@ def as_mlp(linear):
 @dataclass
 class Distil:
     """MLPs of the same cost instead of attention projections, each distilled by itself."""
-    reads = ('pruned', 'base')
-    writes = 'attn'
+    reads, writes = ('pruned', 'base'), 'attn'
+    wanted = 'attn_projections'
     steps: int = 150
     lr: float = 1e-3
     attn_projections: Annotated[str, 'letters of qkvo'] = ''     # which become MLPs; '' = none
-
-    def wanted(self):
-        return bool(self.attn_projections)
 
     def prepare(self, model, batches):
         names, self.seen = self.attn_projections, []

@@ -15,7 +15,7 @@
 A phase is a class whose fields are its options, and it lives with its method:
 
     reads       names of checkpoints: the first that exists      writes      the name of its own
-    wanted()    optional: False skips it in a full run           each        optional: an option of
+    wanted      optional: without this option a full run skips it each       optional: an option of
     prepare(model, batches)   the change made once, in place                 which every value gets
     parameters(model)         what learns; [] for no loop                    a run of its own
     loss(model, batch, progress) -> loss, what to log
@@ -627,9 +627,9 @@ def run_phase(name, typed, value=None, source=None, path=None):
     options = own_options(name)
     phase = cls(**{f.name: getattr(o, option) for option, f in options.items()})
     phase.seed, phase.folder = o.seed, os.path.dirname(source or path) or '.'
-    if hasattr(phase, 'wanted') and not phase.wanted():
+    if hasattr(cls, 'wanted') and not getattr(phase, cls.wanted):
         refuse(typed.get('phase') == name,
-               f'--phase={name} needs one of --{", --".join(options)} that asks for it')
+               f'--phase={name} needs a --{cls.wanted} that asks for it')
         if os.path.isfile(path):            # not any more, by --overwrite=1
             os.remove(path)
         return
