@@ -1630,6 +1630,13 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     run('--phase=sample', '--prompt=def ', '--n_tokens=5', '--router_loss=active', out=out)
     said = capsys.readouterr().out
     assert 'd2dmoe-active.pt: router active, rule threshold' in said and 'def ' in said
+    run('--phase=sample', '--prompt=def f', '--n_tokens=5', '--router_loss=active',
+        '--show_load=1', out=out)
+    load = capsys.readouterr().out
+    bare, block = re.sub(r'\x1b\[[\d;]*m|⏎', '', load), M.load(out / 'dense.pt').config.block_size
+    # each byte has its colour, more than ten where one was no text; one of them ran most
+    assert 10 <= load.count('\x1b[48;5;') <= block and '[48;5;160m' in load
+    assert 'def f' in bare and 'grey ran nothing' in bare
     run('--phase=sample', '--n_tokens=5', '--tau=0.2', '--rule=topk', out=out)
     assert 'router norm, rule topk, tau 0.2' in capsys.readouterr().out
     refused('share', '--phase=sample', '--router_loss=share', out=out)

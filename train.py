@@ -57,8 +57,8 @@ import numpy as np
 import torch
 
 import bench
-from model import (BadInput, Config, Transformer, build, check_writable, checkpoint_hash, cut,
-                   export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
+from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
+                   cut, export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
                    write_atomically)
 from moefy import LearnMasks, Moefy
 from router import GRID, FLOOR, ROUTERS, LearnExits, LearnHalting, Route
@@ -118,6 +118,7 @@ class Use:
     n_tokens: int = 300                     # to sample
     temperature: float = 0.8
     top_k: int = 50
+    show_load: bool = False                 # colour each token by the share of the FFNs it ran
     to: str = ''                            # the folder to export to
 
 @dataclass
@@ -193,7 +194,8 @@ WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
                       'dtype', 'batch_size', 'budget', 'max_loss'),
                 sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'budget', 'max_loss', 'prompt',
-                        'n_tokens', 'temperature', 'top_k', 'router_loss', 'seed', 'dtype'),
+                        'n_tokens', 'temperature', 'top_k', 'router_loss', 'seed', 'dtype',
+                        'show_load'),
                 export=(*WHERE, 'rule', 'tau', 'floor', 'budget', 'max_loss', 'to', 'router_loss'))
 LOOP = tuple(f.name for f in fields(Loop))
 # what an annotation may ask for, beside a dict of choices
@@ -812,7 +814,26 @@ def sample(typed):
            f'--phase=sample: {path} is a BERT, which labels texts and writes none')
     generator = torch.Generator(device).manual_seed(o.seed)
     model.quantize(o.dtype)
-    print(model.generate(o.prompt, o.n_tokens, o.temperature, o.top_k, generator))
+    text = model.generate(o.prompt, o.n_tokens, o.temperature, o.top_k, generator)
+    print(shaded(model, text, path) if o.show_load else text)
+
+SHADES = 235, 22, 28, 64, 136, 166, 160     # backgrounds of a terminal, from grey over green to red
+
+@torch.inference_mode()
+def shaded(model, text, path):
+    """The end of a text, each token on a background that says how much of the FFNs it ran."""
+    refuse(not model.config.rule, f'--show_load: {path} is dense; every token runs everything')
+    tools = tokenizer(model.about, True)
+    ids = tools.encode([text])[0][-model.config.block_size:]
+    model(torch.tensor([ids], device=model.wte.weight.device), tap=(masks := Masks()))
+    sizes = [mlp.offsets.diff().float() / mlp.offsets[-1] for mlp in model.mlps()]
+    ran = torch.stack([mask.float() @ size for mask, size in zip(masks, sizes)]).mean(0)     # (T)
+    levels = (ran / ran.max().clamp_min(1e-9) * (len(SHADES) - 1)).round().int().tolist()
+    words = [f'\x1b[48;5;{SHADES[level]}m{tools.decode([i])}\x1b[0m'
+             for level, i in zip(levels, ids)]
+    # a line ends without its colour
+    shown = ''.join(words).replace('\n\x1b[0m', '⏎\x1b[0m\n')
+    return f'{shown}\n\ngrey ran nothing, red {ran.max():.1%} of the FFNs, the mean {ran.mean():.1%}'
 
 def run_seeds(typed):
     """Every phase once a seed, each in a folder of its own, then mean and spread in one table."""
