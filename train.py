@@ -833,7 +833,8 @@ def shaded(model, text, path):
              for level, i in zip(levels, ids)]
     # a line ends without its colour
     shown = ''.join(words).replace('\n\x1b[0m', '⏎\x1b[0m\n')
-    return f'{shown}\n\ngrey ran nothing, red {ran.max():.1%} of the FFNs, the mean {ran.mean():.1%}'
+    return (f'{shown}\n\ngrey ran nothing, red {ran.max():.1%} of the FFNs, '
+            f'the mean {ran.mean():.1%}')
 
 def run_seeds(typed):
     """Every phase once a seed, each in a folder of its own, then mean and spread in one table."""
