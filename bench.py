@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 
 import kernel
-from kernel import LayerCache
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
                    cross_entropy, export_plain, load, n_tokens, pad, read_checkpoint, reason, save,
                    transformers, write_atomically)
@@ -170,7 +169,8 @@ def jobs_of(entries, o):
                 grid = [k / K for k in range(1, max(1, K // 2) + 1)]
             jobs += [job(e, kind, rule, tau) for tau in (grid if o.tau is None else [o.tau])]
     measured = [e for e in routed if e.data['config'].get('calibration')]
-    for e in measured if o.budget or o.max_loss else ():
+    # where none was, budget() says what to do
+    for e in measured or routed if o.budget or o.max_loss else ():
         c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
         jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus)))
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
@@ -733,13 +733,14 @@ def model_suite(o, device, shape):
             return [partial(whole, m)]
         if not decode:
             return replayed([partial(whole, m)])
-        cache = [LayerCache(1024) for _ in m.blocks]
+        cache = [kernel.LayerCache(1024) for _ in m.blocks]
         m.encode(idx, cache=cache)
         return replayed([partial(step, m, cache)] * tokens)
 
     kinds = [torch.float32] if device == 'cpu' else [torch.float32, torch.bfloat16]
     for dtype, rho in itertools.product(kinds, (0.1, 0.25, 0.5)):
-        dense.to(dtype), converted.to(dtype).set_rule('topk', rho)
+        dense.to(dtype)
+        converted.to(dtype).set_rule('topk', rho)
         for mlp in converted.mlps():
             mlp.router.rho = rho
         times = in_turn(dict(dense=job(dense), converted=job(converted)), rounds=3)
@@ -1381,7 +1382,7 @@ def method_row(r, rows, method, seed, seconds, base):
     alike = [rows[0], *(x for x in rows if x['dtype'] == r['dtype'])]
     best = picked(alike).values() if r['rule'] else [x for x in alike if fits(x, rows)]
     return dict(
-        method=method[0], variant=variant, seed=seed, machine=r['machine'], base=base,
+        method=method[0], variant=variant, seed=seed, machine=r.get('machine'), base=base,
         flops=r['flops'], madds=r['madds'], experts=r['experts'], quality=r[r['metric']],
         metric=r['metric'], delta=r[r['metric']] / rows[0][r['metric']] - 1,
         worse_pick=worse(r, rows, '_pick'), picked=any(r is x for x in best),

@@ -193,7 +193,7 @@ def dense_masked(x, mask, bundle, rho=None):
     # On a GPU looking at the mask would be waiting for it.
     everything = x.is_cpu and bool(mask.all())
     equal = x.is_cpu and E > 0 and H % E == 0 and bool((offsets.diff() == H // E).all())
-    fused = x.is_cuda and triton is not None and not torch.compiler.is_compiling()
+    fused = x.is_cuda and triton is not None and H > 0 and not torch.compiler.is_compiling()
     block = 512 if x.is_cpu else 4096
     for rows in (slice(i, i + block) for i in range(0, len(x), block)):
         a = linear(x[rows], w_in, b_in)  # (block, H)
@@ -496,7 +496,8 @@ def masked_activation(z, mask, offsets, act):
     mask = mask.contiguous().view(torch.uint8)
     grid = triton.cdiv(T, 16), triton.cdiv(H, 256)
     options = gpu_target(z.device)[2]
-    mask_kernel[grid](z, mask, expert, T, E, H, ACT=act, BT=16, BH=256, num_warps=4, **options)
+    with torch.cuda.device_of(z):
+        mask_kernel[grid](z, mask, expert, T, E, H, ACT=act, BT=16, BH=256, num_warps=4, **options)
     return z
 
 def compiler_options(target):
