@@ -456,10 +456,14 @@ def picked(rows):
 def fits(r, rows):
     return worse(r, rows, '_pick') <= 0.01 + 1e-9
 
+def change(r, rows, half=''):
+    """Of the metric, as a share of dense's; half='_pick': on the half that is not reported."""
+    name = r['metric'] + half
+    # an accuracy may be 0: then whatever is right is gained
+    return (r[name] - rows[0][name]) / (rows[0][name] or 1)
+
 def worse(r, rows, half=''):
-    """By which share of dense a row is worse; half='_pick': on the half that is not reported."""
-    sign = -1 if r['metric'] == 'accuracy' else 1
-    return sign * (r[r['metric'] + half] / rows[0][r['metric'] + half] - 1)
+    return change(r, rows, half) * (-1 if r['metric'] == 'accuracy' else 1)
 
 def flops_gap(curve, other):
     """Relative loss of a curve's points against another curve, interpolated to equal FLOPs."""
@@ -506,7 +510,6 @@ def save_picture(axes, path, **about):
 
 def plot_rows(rows, path):
     """Loss or accuracy against FLOPs, a line for each router and rule. Returns what to say."""
-    metric, dense = rows[0]['metric'], rows[0]
     with contextlib.suppress(OSError):      # never a stale one
         os.remove(path)
     try:
@@ -514,19 +517,19 @@ def plot_rows(rows, path):
     except BadInput as error:
         return f'; {error}'
 
-    def change(r):                          # in % of dense
-        return 100 * (r[metric] / dense[metric] - 1)
+    def percent(r):
+        return 100 * change(r, rows)
     for (_, name, rule), curve in curves(rows).items():
-        axes.plot([100 * r['flops'] for r in curve], [change(r) for r in curve], marker='o', ms=3,
+        axes.plot([100 * r['flops'] for r in curve], [percent(r) for r in curve], marker='o', ms=3,
                   ls='--' if rule == 'topk' else '-',
                   label=f'{label(curve[0], rows)} {name or ""}, {rule}')
     axes.axhline(0, color='black', lw=0.8, label='dense')
     for r in (r for r in rows if r['method'] == 'sparse'):
-        axes.axhline(change(r), color='grey', lw=0.8, label='sparse, all experts on')
+        axes.axhline(percent(r), color='grey', lw=0.8, label='sparse, all experts on')
     # what is far off would squeeze the rest onto zero
-    near = [change(r) for r in rows if abs(change(r)) < 6] + [-0.5, 0.5]
+    near = [percent(r) for r in rows if abs(percent(r)) < 6] + [-0.5, 0.5]
     save_picture(axes, path, xlabel='FLOPs of the whole model, routers included (% of dense)',
-                 ylabel=f'{metric} against dense (%)',
+                 ylabel=f'{rows[0]["metric"]} against dense (%)',
                  ylim=(min(near) - 0.2, max(near) + 0.2))
     return f'; {path} shows it'
 
@@ -1384,7 +1387,7 @@ def method_row(r, rows, method, seed, seconds, base):
     return dict(
         method=method[0], variant=variant, seed=seed, machine=r.get('machine'), base=base,
         flops=r['flops'], madds=r['madds'], experts=r['experts'], quality=r[r['metric']],
-        metric=r['metric'], delta=r[r['metric']] / rows[0][r['metric']] - 1,
+        metric=r['metric'], delta=change(r, rows),
         worse_pick=worse(r, rows, '_pick'), picked=any(r is x for x in best),
         ms_per_1k_tokens=r['ms_per_1k_tokens'], speedup=r['speedup'], train_s=seconds,
         weight_bytes=r['weight_bytes'], tau=r['tau'], rule=r['rule'], dtype=r['dtype'])

@@ -1451,6 +1451,11 @@ def test_exits_end_to_end(finished_bert, tmp_path):
     halting = next(r for r in rows if r['method'] == 'halting')
     assert 0 < halting['flops'] < 1.02 and halting['rule'] is None
 
+def test_worse_than_a_dense_model_that_is_never_right():
+    rows = [dict(metric='accuracy', accuracy=a, accuracy_pick=b) for a, b in ((0, 0.5), (0.1, 0.4))]
+    assert bench.worse(rows[0], rows) == 0 and bench.worse(rows[1], rows) == -0.1
+    assert bench.worse(rows[1], rows, '_pick') == pytest.approx(0.2) and bench.fits(rows[0], rows)
+
 def test_budget_end_to_end(spoiled, tmp_path, capsys):
     rows = run('--phase=eval', '--budget=0.9', '--router_loss=active', out=spoiled)['rows']
     mine, = (r for r in rows if r['taus'])
