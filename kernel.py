@@ -1328,13 +1328,15 @@ extern "C" void attention(const Attention* a) {
 // 8 rows x 8 columns, 64 bytes (their order: see COLUMNS). A stored weight is 128 more than it is,
 // because the dot product of x86 wants unsigned bytes; 128 * (sum of the row of x) is subtracted
 // at the end.
-//   multiply: all arithmetic there is. NT tokens x NP panels of 8 rows stay in registers along the
-//             columns: all of them (a linear, the head, an expert's hidden units), or a list of
-//             the blocks in which h is not zero (an FFN's output, after routing and ReLU).
+//   multiply: NT tokens x NP panels of 8 rows stay in registers along the columns, all of them: a
+//             linear, the head, an expert's hidden units.
+//   sparse:   one token along the blocks in which h is not zero: an FFN's output, after routing
+//             and ReLU.
 //   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for
 //             one another six times a layer. Many: they share out blocks of tokens, and wait around
 //             attention only.
 typedef uint8_t u8;
+typedef uint64_t u64;
 typedef int8_t s8;
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef float v8f __attribute__((vector_size(32)));
@@ -1342,10 +1344,11 @@ typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 
 // COLUMNS of a block are multiplied at a time, and lie together: (8 / COLUMNS, 8 rows, COLUMNS).
 // Whole: of x; Narrow: COLUMNS of x, for each row; Wide: of a block; Sum: of a panel;
-// TOKENS x PANELS sums fill the registers, as do LONG panels of one token; SURPLUS: of a weight;
-// FULL: percent of blocks wanted from which sharing what is loaded, a dense product, is faster
+// TOKENS x PANELS sums fill the registers, as do LONG panels of one token; 64 blocks of SHORT
+// panels fit into the L1 cache; SURPLUS: of a weight; FULL: percent of blocks wanted from which a
+// dense product, which shares what it loads, is faster
 #if defined(__AVX512VNNI__)
-enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SURPLUS = 128, FULL = 25 };
+enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SHORT = 6, SURPLUS = 128, FULL = 60 };
 typedef s8 Whole;
 typedef __m512i Narrow, Wide, Sum;
 static inline Narrow narrow(const s8* x) {
@@ -1353,30 +1356,32 @@ static inline Narrow narrow(const s8* x) {
     return (Narrow)pinned((vi)_mm512_set1_epi64(v));
 }
 static inline Wide wide(const u8* w) { return (Wide)pinned((vi)_mm512_loadu_si512(w)); }
-static inline void add(Sum& s, const Wide& w, const Narrow& x) {
+static inline Sum add(Sum s, Wide w, Narrow x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(w), "v"(x));  // around its own GCC copies s
+    return s;
 }
 static inline v8i total(const Sum& s) {
     return (v8i)_mm512_cvtepi64_epi32(_mm512_add_epi32(s, _mm512_srli_epi64(s, 32)));
 }
 #elif defined(__AVX2__)
-enum { TOKENS = 3, PANELS = 3, LONG = 12, SURPLUS = 128, FULL = 40 };
+enum { TOKENS = 3, PANELS = 3, LONG = 12, SHORT = 6, SURPLUS = 128, FULL = 60 };
 typedef __m256i Narrow, Wide, Sum;
 #if defined(__AVXVNNI__)
 enum { COLUMNS = 4 };
 typedef s8 Whole;
 static inline Wide wide(const u8* w) { return _mm256_loadu_si256((const __m256i*)w); }
-static inline void add(Sum& s, Wide w, Narrow x) { s = _mm256_dpbusd_avx_epi32(s, w, x); }
+static inline Sum add(Sum s, Wide w, Narrow x) { return _mm256_dpbusd_avx_epi32(s, w, x); }
 #else
 enum { COLUMNS = 2 };
 typedef int16_t Whole;  // two products of 16 bits and their sum fit into 32; of 8 not into 16
 static inline Wide wide(const u8* w) {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w));
 }
-static inline void add(Sum& s, Wide w, Narrow x) {
+static inline Sum add(Sum s, Wide w, Narrow x) {
     const __m256i products = _mm256_madd_epi16(w, x);
     // GCC would add in another order, for which there are too few registers
     __asm__("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));
+    return s;
 }
 #endif
 static inline Narrow narrow(const Whole* x) {
@@ -1386,7 +1391,7 @@ static inline Narrow narrow(const Whole* x) {
 static inline v8i total(const Sum& s) { return (v8i)s; }
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
-enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SURPLUS = 0, FULL = 40 };
+enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SHORT = 6, SURPLUS = 0, FULL = 60 };
 typedef s8 Whole;
 typedef int8x16_t Narrow;
 struct Wide { int8x16_t v[2]; };
@@ -1399,20 +1404,22 @@ static inline int8x16_t without_128(const u8* w) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), vdupq_n_u8(128)));
 }
 static inline Wide wide(const u8* w) { return {without_128(w), without_128(w + 16)}; }
-static inline void add(Sum& s, const Wide& w, const Narrow& x) {
+static inline Sum add(Sum s, Wide w, Narrow x) {
     for (int i = 0; i < 2; i++) s.v[i] = vdotq_s32(s.v[i], w.v[i], x);
+    return s;
 }
 static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #else
-enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SURPLUS = 128, FULL = 40 };
+enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SHORT = 3, SURPLUS = 128, FULL = 60 };
 typedef s8 Whole;
 typedef const s8* Narrow;
 typedef const u8* Wide;
 struct Sum { int32_t v[8]; };
 static inline Narrow narrow(const s8* x) { return x; }
 static inline Wide wide(const u8* w) { return w; }
-static inline void add(Sum& s, Wide w, Narrow x) {
+static inline Sum add(Sum s, Wide w, Narrow x) {
     for (int i = 0; i < 64; i++) s.v[i / 8] += w[i] * x[i % 8];
+    return s;
 }
 static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #endif
@@ -1429,53 +1436,66 @@ struct Rows {  // n rows of K numbers, quantised
     Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n), ids(n) {
         std::iota(ids.begin(), ids.end(), 0);
     }
-    // Row t is x; list: its n blocks that are not zero, the others stay what they were
-    void set(i64 t, const float* x, const int* list, i64 n) {
-        v8i most = {}, total = {};  // |x| as an integer, so that a NaN is the largest
-        for (i64 i = 0; i < n; i++) {
-            v8i u = (v8i)*(v8u*)(x + 8 * (list ? list[i] : i)) & 0x7fffffff;
-            most = u > most ? u : most;
-        }
+    // Row t is x: all of it, or the blocks in `live`, one after the other or where they belong
+    void set(i64 t, const float* x, v8i most, const u64* live, bool packed) {
         int bits = 0;
         for (int i = 0; i < 8; i++) bits = std::max(bits, most[i]);
         float largest; memcpy(&largest, &bits, 4);
         const float unit = largest / 127;
         const bool finite = bits < 0x7f800000, some = finite && unit > TINY;
-        for (i64 i = 0; i < n; i++) {
-            const i64 k = 8 * (list ? list[i] : i);
+        Whole* row = &q[t * K];
+        v8i all = {};
+        auto put = [&](i64 to, i64 k) {
             // Its low bits: to nearest, ties even. A product some CPUs would fuse with the sum.
-            v8f v = *(v8u*)(x + k) / unit + 12582912.0f;
+            v8f v = *(v8u*)(x + 8 * k) / unit + 12582912.0f;
             v8i whole = some ? (v8i)v - 0x4b400000 : v8i{};
-            *(v8w*)&q[t * K + k] = __builtin_convertvector(whole, v8w);
-            total += whole;
-        }
+            *(v8w*)(row + 8 * to) = __builtin_convertvector(whole, v8w);
+            all += whole;
+        };
+        if (!live) for (i64 k = 0; k < K / 8; k++) put(k, k);
+        else if (!packed) std::fill_n(row, K, 0);
+        for (i64 k0 = 0, i = 0; k0 < K / 8 && live; k0 += 64)
+            for (u64 left = live[k0 / 64]; left; left &= left - 1, i++) {
+                const i64 k = k0 + __builtin_ctzll(left);
+                put(packed ? i : k, k);
+            }
         sum[t] = 0;
-        for (int i = 0; i < 8; i++) sum[t] += total[i];
+        for (int i = 0; i < 8; i++) sum[t] += all[i];
         scale[t] = finite ? unit : NAN;
     }
-    void set(i64 t, const float* x) { set(t, x, nullptr, K / 8); }
+    void set(i64 t, const float* x) {
+        v8i most = {};
+        for (i64 k = 0; k < K / 8; k++) most = larger(most, x + 8 * k);
+        set(t, x, most, nullptr, false);
+    }
+    // |x| as an integer, so that a NaN is the largest
+    static v8i larger(v8i most, const float* x) {
+        const v8i u = (v8i)*(v8u*)x & 0x7fffffff;
+        return u > most ? u : most;
+    }
 };
 // Where a product goes: out[row] = or += x[row] @ panels of m + bias
 struct Out { float* p; i64 stride; bool plus; };
 
+// sum += block i of each row of x times those at w, of NP panels
 template <int NT, int NP>
-static void multiply(const Matrix& m, const Rows& x, const int* rows, const int* list, i64 n,
-                     i64 p0, Out out) {
-    const Whole* xs[NT];
-    for (int t = 0; t < NT; t++) xs[t] = &x.q[rows[t] * x.K];
-    Sum sum[NT][NP] = {};
-    for (i64 i = 0; i < n; i++) {
-        const i64 k = list ? list[i] : i;
-        const u8* w = m.w + p0 * m.panel + k * m.step;
-        for (int c = 0; c < 8; c += COLUMNS) {
-            Narrow xk[NT];
-            for (int t = 0; t < NT; t++) xk[t] = narrow(xs[t] + 8 * k + c);
-            for (int p = 0; p < NP; p++) {
-                const Wide wk = wide(w + p * m.panel + 8 * c);
-                for (int t = 0; t < NT; t++) add(sum[t][p], wk, xk[t]);
-            }
+static inline void add_block(Sum (&sum)[NT][NP], const Whole* const (&x)[NT], i64 i, const u8* w,
+                             i64 panel) {
+    for (int c = 0; c < 8; c += COLUMNS) {
+        Narrow xi[NT];
+        #pragma GCC unroll 24
+        for (int t = 0; t < NT; t++) xi[t] = narrow(x[t] + 8 * i + c);
+        #pragma GCC unroll 24
+        for (int p = 0; p < NP; p++) {
+            const Wide wp = wide(w + p * panel + 8 * c);
+            #pragma GCC unroll 24
+            for (int t = 0; t < NT; t++) sum[t][p] = add(sum[t][p], wp, xi[t]);
         }
     }
+}
+template <int NT, int NP>
+static inline void write(const Sum (&sum)[NT][NP], const Matrix& m, const Rows& x, const int* rows,
+                         i64 p0, Out out) {
     #pragma GCC unroll 24
     for (int p = 0; p < NP; p++) {
         const i64 j = (p0 + p) * 8, width = std::min<i64>(8, m.N - j);
@@ -1492,8 +1512,17 @@ static void multiply(const Matrix& m, const Rows& x, const int* rows, const int*
     }
 }
 template <int NT, int NP>
+static void multiply(const Matrix& m, const Rows& x, const int* rows, i64 p, Out out) {
+    const Whole* xs[NT];
+    for (int t = 0; t < NT; t++) xs[t] = &x.q[rows[t] * x.K];
+    Sum sum[NT][NP] = {};
+    for (i64 k = 0; k < x.K / 8; k++)
+        add_block<NT, NP>(sum, xs, k, m.w + p * m.panel + k * m.step, m.panel);
+    write<NT, NP>(sum, m, x, rows, p, out);
+}
+template <int NT, int NP>
 static void tile(i64 nt, const Matrix& m, const Rows& x, const int* rows, i64 p, Out out) {
-    if (nt == NT) return multiply<NT, NP>(m, x, rows, nullptr, x.K / 8, p, out);
+    if (nt == NT) return multiply<NT, NP>(m, x, rows, p, out);
     if constexpr (NT > 1) tile<NT - 1, NP>(nt, m, x, rows, p, out);
 }
 // n rows and panels p0 .. p1, in nearly equal tiles
@@ -1516,15 +1545,37 @@ static void product(const Matrix& m, const Rows& x, i64 n, i64 part, i64 parts, 
     const i64 P = m.panels();
     product(m, x, x.ids.data(), n, P * part / parts, P * (part + 1) / parts, out);
 }
-// n rows, row t over the first count[t] blocks of lists + t * stride; as many panels at a time as
-// there are registers: what all rows read of m then stays in the L2 cache
+struct Strip {  // room for 64 blocks of SHORT panels of a matrix, and for the sums of n rows
+    Buffer w, sums; std::vector<const Whole*> at;
+    Strip(i64 n) : w(64 * SHORT * 16), sums(n * LONG * sizeof(Sum) / 4), at(n) {}
+};
+// n rows of x, each nothing but the blocks in its `live`: NP panels at a time, 64 blocks of them,
+// which many rows read from a copy in the L1 cache
 template <int NP>
-static void sparse(const Matrix& m, const Rows& x, const int* lists, i64 stride, const int* count,
-                   i64 n, i64 p, i64 p1, Out out) {
-    for (; p + NP <= p1; p += NP)
-        for (i64 t = 0; t < n; t++)
-            multiply<1, NP>(m, x, &x.ids[t], lists + t * stride, count[t], p, out);
-    if constexpr (NP > 1) sparse<(NP + 2) / 3>(m, x, lists, stride, count, n, p, p1, out);
+static void sparse(const Matrix& m, const Rows& x, const u64* live, i64 n, i64 p, i64 p1, Out out,
+                   Strip& my) {
+    const i64 K = x.K / 8, words = (K + 63) / 64;
+    for (; p + NP <= p1; p += NP) {
+        for (i64 t = 0; t < n; t++) my.at[t] = &x.q[t * x.K];
+        for (i64 k = 0; k < K; k += 64) {
+            const u8* w = m.w + p * 64 + k * m.step;
+            for (i64 i = 0; i < std::min<i64>(64, K - k) && n > FEW; i++)
+                memcpy((u8*)my.w.p + i * NP * 64, w + i * m.step, NP * 64);
+            const i64 step = n > FEW ? NP * 64 : m.step;
+            w = n > FEW ? (u8*)my.w.p : w;
+            for (i64 t = 0; t < n; t++) {
+                Sum sum[1][NP] = {}, *kept = (Sum*)my.sums.p + t * NP;
+                if (k > 0) for (int i = 0; i < NP; i++) sum[0][i] = kept[i];
+                const Whole* xt[1] = {my.at[t]};
+                for (u64 left = live[t * words + k / 64]; left; left &= left - 1, xt[0] += 8)
+                    add_block<1, NP>(sum, xt, 0, w + __builtin_ctzll(left) * step, 64);
+                my.at[t] = xt[0];
+                if (k + 64 < K) for (int i = 0; i < NP; i++) kept[i] = sum[0][i];
+                else write<1, NP>(sum, m, x, &x.ids[t], p, out);
+            }
+        }
+    }
+    if constexpr (NP > 1) sparse<(NP + 1) / 2>(m, x, live, n, p, p1, out, my);
 }
 struct Ffn {
     Matrix in, out; const float* fold;  // of w_out's rows: h is multiplied by it, out.scale is 1
@@ -1533,10 +1584,11 @@ struct Ffn {
 struct Worker {  // one thread's room for n tokens: x and h quantised, and what each token runs
     i64 n, D, H, E;
     Rows x, h;
-    std::vector<u8> mask; std::vector<int> rows, some, list, count;
+    std::vector<u8> mask; std::vector<int> rows, some;
+    std::vector<u64> live; std::vector<v8i> most; Strip strip;  // which blocks of h are not zero
     Worker(i64 n, i64 D, i64 H, i64 E)
         : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), rows(n * E), some(E),
-          list(n * H / 8), count(n) {}
+          live(n * ((H / 8 + 63) / 64)), most(n), strip(n) {}
 
     // h (n, H): the hidden units of the chosen experts, the part's share of them; n <= this->n
     void hidden(const Ffn& f, i64 n, float* h, i64 part, i64 parts) {
@@ -1567,23 +1619,30 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     }
     // y (n, D) += h @ w_out, the part's share of the columns
     void output(const Ffn& f, i64 n, const float* unit, float* y, i64 part, i64 parts) {
+        const i64 words = (H / 8 + 63) / 64, P = f.out.panels();
+        const i64 p0 = P * part / parts, p1 = P * (part + 1) / parts;
         i64 filled = 0;
-        for (i64 t = 0; t < n; t++, unit += H) {
-            int *blocks = &list[t * H / 8], some = 0;
+        std::fill_n(live.begin(), n * words, 0);
+        for (i64 t = 0; t < n; t++) {
+            v8i all = {};
             each_expert(f, t, [&](i64 e) {
                 for (i64 k = f.offsets[e] / 8; k < f.offsets[e + 1] / 8; k++) {
-                    uint64_t u[4]; memcpy(u, unit + 8 * k, 32);
-                    blocks[some] = k;
-                    some += (u[0] | u[1] | u[2] | u[3]) != 0;
+                    const float* x = unit + t * H + 8 * k;
+                    u64 v[4]; memcpy(v, x, 32);
+                    const u64 some = (v[0] | v[1] | v[2] | v[3]) != 0;
+                    live[t * words + k / 64] |= some << k % 64;
+                    filled += some;
+                    all = Rows::larger(all, x);
                 }
             });
-            std::fill_n(&h.q[t * H], H, 0);
-            h.set(t, unit, blocks, some);
-            count[t] = some, filled += some;
+            most[t] = all;
         }
-        if (filled * 8 * 100 > FULL * n * H) return product(f.out, h, n, part, parts, {y, D, true});
-        const i64 P = f.out.panels(), p0 = P * part / parts, p1 = P * (part + 1) / parts;
-        sparse<LONG>(f.out, h, list.data(), H / 8, count.data(), n, p0, p1, {y, D, true});
+        const bool packed = filled * 8 * 100 <= FULL * n * H;
+        for (i64 t = 0; t < n; t++)
+            h.set(t, unit + t * H, most[t], &live[t * words], packed);
+        if (!packed) return product(f.out, h, x.ids.data(), n, p0, p1, {y, D, true});
+        auto* f2 = n > FEW ? sparse<SHORT> : sparse<LONG>;
+        f2(f.out, h, live.data(), n, p0, p1, {y, D, true}, strip);
     }
     template <class F> void each_expert(const Ffn& f, i64 t, F call) {
         for (i64 e0 = 0; e0 < f.E; e0 += 8) {
