@@ -146,8 +146,8 @@ def entries(found, paths=()):
 
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
-    a rule of their own run with top-k, too: it is the control. Ceilings replace the first converted
-    one's routers. Dense in fp32 always comes first."""
+    a rule of their own run with top-k, too: it is the control. Ceilings, by their own rule, replace
+    the first converted one's routers. Dense in fp32 always comes first."""
     def job(e, kind=None, rule=None, tau=None, taus=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
@@ -162,7 +162,7 @@ def jobs_of(entries, o):
     ceilings += [(e, 'truth') for e in known if e.kind == 'share'][:1]
     for e, kind in [(e, e.kind) for e in routed] + ceilings:
         usual = ROUTERS[kind].rule
-        for rule in dict.fromkeys([usual, o.rule or 'topk']):
+        for rule in dict.fromkeys([usual, o.rule or (usual if kind in CEILINGS else 'topk')]):
             grid = GRID[rule]
             if kind == 'masks':             # one of them, two, three
                 K = e.data['config']['n_outputs'][0]

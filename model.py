@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
                     encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
-from router import CEILINGS, Exits, FLOOR, GRID, Halting, Norm, Router, Share
+from router import CEILINGS, Exits, FLOOR, GRID, Halting, Masks, Norm, Router, Share
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
@@ -68,11 +68,6 @@ class Config:
     calibration: dict = field(default_factory=dict)
 
 # -------------------------------------------------------------------------------------- modules
-
-class Masks(list):
-    """A tap that wants only what each MLP chose: the model runs its fast path. `alive`: the census
-    of each block, where tokens or texts may leave early."""
-    alive = ()
 
 class Linear(nn.Linear):
     """nn.Linear on the fastest dense linear of the device."""

@@ -104,9 +104,9 @@ def grams(w_out, offsets, owners=None):
 
 def expert_norms(a, g):
     """The exact L2 norm of each output: activations a (T, H), Grams -> (T, R)."""
-    a = (a[:, g.index] * g.valid).transpose(0, 1)                # (R, T, s)
+    a = a.T[g.index]                    # (R, s, T); the Gram matrices are 0 where not valid
     # rounding may dip below 0
-    return ((a @ g.gram) * a).sum(-1).clamp_min(0).sqrt().T
+    return ((g.gram @ a) * a).sum(1).clamp_min(0).sqrt().T
 
 # -------------------------------------------------------------------------------------- kinds
 
@@ -220,6 +220,11 @@ class Truth(Oracle):
 
 ROUTERS = dict(norm=Norm, active=Active, share=Share, masks=Choice, oracle=Oracle, truth=Truth)
 CEILINGS = 'oracle', 'truth'            # they look at what they would have to predict
+
+class Masks(list):
+    """A tap that wants only what each MLP chose: the model runs its fast path. `alive`: the census
+    of each block, where tokens or texts may leave early."""
+    alive = ()
 
 class Router(nn.Module):
     """What stands in front of an MLP: a kind's scores, a rule, and who owns which slice."""
@@ -402,18 +407,18 @@ class Route:
             """Loss, the share of neurons that MLP i runs, tokens of a text."""
             losses, shares, tokens = [], [], []
             for batch in batches:
-                losses.append(model.loss(batch, tap := []))
-                shares.append(mlps[i].share(tap[i]['mask']))
-                tokens.append(len(tap[i]['x']) / len(batch[1]))
+                losses.append(model.loss(batch, tap := Masks()))
+                shares.append(mlps[i].share(tap[i]))
+                tokens.append(0 if tap[i] is None else len(tap[i]) / len(batch[1]))
             return (torch.stack(losses).mean().item(), sum(shares) / len(shares),
                     sum(tokens) / len(tokens))
 
         model.set_rule('')
-        (base, _, tokens), menus = measured(0), []
+        base, menus = measured(0)[0], []
         for i, mlp in enumerate(mlps):
             mlp.router.rule, mlp.router.floor, menu = rule, FLOOR, []
             for mlp.router.tau in GRID[rule]:
-                loss, rho, _ = measured(i)
+                loss, rho, tokens = measured(i)
                 menu.append((mlp.router.tau, loss / base - 1, rho))
             mlp.router.rule = ''
             menus.append(sorted(menu, key=lambda entry: -entry[2]))
