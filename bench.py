@@ -1392,30 +1392,33 @@ def method_row(r, rows, method, seed, seconds, base):
         ms_per_1k_tokens=r['ms_per_1k_tokens'], speedup=r['speedup'], train_s=seconds,
         weight_bytes=r['weight_bytes'], tau=r['tau'], rule=r['rule'], dtype=r['dtype'])
 
+def left_out(method, typed):
+    """Why a method is not run on a base; '' if it is."""
+    bert = typed.get('arch') == 'bert'
+    if method[0] in ('exits', 'halting') and not bert:
+        return 'for BERTs only: the next tokens of a GPT need the keys and values of every block'
+    if 'init_from' in typed and (method[0] == 'small' or method[1] == 'GELU kept'):
+        return ('only where the base is trained from scratch: a smaller one, or one of GELU, that '
+                'has seen as much text as --init_from is not at hand')
+    return 'ablations are for GPTs only' if bert and method[1] not in ('', 'on the pruned') else ''
+
 def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
     out_dir = o.out_dir or 'out-methods'
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
     typed = o.train.parse(options)          # a wrong one now, not after hours
-    bert = typed.get('arch') == 'bert'
+    reasons = {method: left_out(method, typed) for method in METHODS}
+    others = [dict(method=method[0], variant=method[1], left_out=why)
+              for method, why in reasons.items() if why]
+    for r in others:
+        print(f'{r["method"]} {r["variant"]}'.rstrip() + f': {r["left_out"]}')
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
-            if seed == 0 or method[0] in MAIN and not method[1]]
+            if not reasons[method] and (seed == 0 or method[0] in MAIN and not method[1])]
     began = time.time()
     for i, (method, seed) in enumerate(todo):
-        name = ' '.join(filter(None, method))
-        if method[0] in ('exits', 'halting') and not bert:
-            print(f'{name}: for BERTs only: the next tokens of a GPT need the keys and values of '
-                  'every block')
-            continue
-        if 'init_from' in typed and (method[0] == 'small' or 'GELU' in name):
-            print(f'{name}: only where the base is trained from scratch: a smaller one, or one of '
-                  'ReLU, that has seen as much text as --init_from is not at hand')
-            continue
-        if bert and method[1] not in ('', 'on the pruned'):
-            print(f'{name}: ablations are for GPTs only')
-            continue
         left = f', {clock((time.time() - began) / i * (len(todo) - i))} left' if i else ''
-        print(f'---- {name}, seed {seed}: {i + 1} of {len(todo)}{left}', flush=True)
+        print(f'---- {" ".join(filter(None, method))}, seed {seed}: {i + 1} of {len(todo)}{left}',
+              flush=True)
         with torch.inference_mode(False):
             found, seconds, base = run_method(o.train, method, seed, out_dir, options)
         own = 'dense' if method[0] in ('dense', 'small') else None
@@ -1424,7 +1427,7 @@ def methods_suite(o, device, shape):
                  if (r['method'] == own or not own and r['method'] not in ('dense', 'sparse'))
                  and (r['router_loss'] not in CEILINGS or 'moefy' in METHODS[method][1])]
         write_json(os.path.join(out_dir, 'methods.json'),
-                   dict(config=dict(options=options, seeds=o.seeds), rows=rows))
+                   dict(config=dict(options=options, seeds=o.seeds), rows=rows + others))
     print_methods(rows)
     return rows
 
