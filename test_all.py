@@ -41,6 +41,8 @@ needs_triton = pytest.mark.skipif(kernel.triton is None, reason='needs triton: p
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 # threads cost layers this small more than they bring: on a busy machine 15 times the whole
 torch.set_num_threads(1)
+# the same weights on every CPU; what is started as a command learns as it does everywhere
+train.has_bf16 = lambda device: device == 'cuda'
 
 # ---------------------------------------------------------------------------------------- kernel
 
@@ -1750,6 +1752,17 @@ def test_accumulation(text, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'get_batch', joined)
     run(*BASE, f'--data={text}', '--base_steps=1', out=tmp_path / 'b')
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*seen, strict=True))
+
+def test_learning_in_bf16_is_learning(text, tmp_path, monkeypatch):
+    """Products in bf16, weights and their steps in fp32."""
+    models = []
+    for on in (False, True):
+        monkeypatch.setattr(train, 'has_bf16', lambda device: on)
+        run(*BASE, f'--data={text}', '--base_steps=20', out=tmp_path / str(on))
+        models.append(M.load(tmp_path / str(on) / 'base.pt'))
+    a, b = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
+    assert b.dtype == fp32 and not torch.equal(a, b)
+    assert (a - b).norm() < 0.1 * a.norm()
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 def test_what_is_not_finite_never_reaches_the_weights(where, text, tmp_path, monkeypatch, capsys):
