@@ -509,13 +509,23 @@ def save_picture(axes, path, **about):
     axes.figure.savefig(path, dpi=150, bbox_inches='tight')
 
 def plot_rows(rows, path):
-    """Loss or accuracy against FLOPs, a line for each router and rule. Returns what to say."""
+    """What every MLP of the first router runs, by tau; loss or accuracy against FLOPs, a line for
+    each router and rule. Returns what to say."""
     with contextlib.suppress(OSError):      # never a stale one
         os.remove(path)
     try:
-        axes = new_axes()
+        heat, axes = new_axes(2)
     except BadInput as error:
         return f'; {error}'
+    for curve in list(curves(rows).values())[:1]:
+        shares = np.array([r['experts_per_layer'] for r in curve])           # (tau, MLP)
+        heat.imshow(shares, cmap='Greys', vmin=0, vmax=1, aspect='auto')
+        for (i, j), share in np.ndenumerate(shares):
+            heat.text(j, i, f'{share:.0%}', ha='center', va='center', fontsize=7,
+                      color='white' if share > 0.5 else 'black')
+        heat.set(xlabel=f'MLP: neurons run by {label(curve[0], rows)} {curve[0]["router_loss"]}',
+                 ylabel=curve[0]['rule'], xticks=range(shares.shape[1]),
+                 yticks=range(len(curve)), yticklabels=[setting(r) for r in curve])
 
     def percent(r):
         return 100 * change(r, rows)
@@ -534,8 +544,8 @@ def plot_rows(rows, path):
     return f'; {path} shows it'
 
 def plot_layers(rows, path):
-    """Time against executed experts, dense as a line."""
-    axes = new_axes()
+    """FLOPs and time against executed experts, dense as a line."""
+    share, axes = new_axes(2)
     axes.axhline(1, color='black', lw=0.8, label='the fastest dense')
     axes.plot([0, 1], [0, 1], color='grey', lw=0.8, ls=':', label='proportional')
     rows = [r for r in rows if r['suite'] == 'layer' and r['dtype'] == 'float32']
@@ -543,12 +553,24 @@ def plot_layers(rows, path):
         curve = [r for r in rows if (r['T'], r['expert_size']) == (T, s)]
         axes.plot([r['rho'] for r in curve], [1 / r['speedup'] for r in curve], marker='o', ms=3,
                   label=f'T {T}, experts of {s}')
+    for ls, (D, H, s) in zip(('-', '--', ':'), sorted({
+            (r['D'], r['H'], r['expert_size']) for r in rows})):
+        router = 128 * (D + H / s) / (2 * D * H)                 # of width 128
+        share.plot([0, 1], [router, 1 + router], color='black', ls=ls, label=f'experts of {s}')
+    share.legend(frameon=False, fontsize=8)
+    share.set(xlabel='share of neurons run', ylabel='FLOPs, router included (1 = dense)')
     save_picture(axes, path, xlabel='share of neurons run', ylabel='time (1 = dense)')
 
 def plot_methods(rows, path):
     """Quality against FLOPs and against measured time: the mean over seeds of each method's own
-    rule, half of the spread as bars."""
-    pictures = new_axes(2)
+    rule, half of the spread as bars; then every variant within 60 % of the FLOPs."""
+    bars, *pictures = new_axes(3)
+    within = {' '.join(key).strip(): 100 * statistics.mean(reached[0.6])
+              for key, reached in at_budgets(rows).items() if 0.6 in reached}
+    names = sorted(within, key=within.get, reverse=True)
+    bars.barh(names, [min(within[name], 6) for name in names], color='grey')
+    bars.tick_params(labelsize=6)
+    bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, 6: or more)')
     own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant']]
     for marker, name in zip('o*s^vDPX<>', dict.fromkeys(r['method'] for r in own)):
         points = {}
@@ -1433,23 +1455,32 @@ def methods_suite(o, device, shape):
 
 BUDGETS = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5
 
-def print_methods(rows):
-    """By method: the quality relative to dense within each budget of FLOPs, by the setting that is
-    best on the other half of the held-out set; mean over seeds, of which all must reach it, and
-    half of their spread."""
-    print('\nchange against dense at FLOPs of ' + ', '.join(f'{b:.0%}' for b in BUDGETS))
-    for key, group in itertools.groupby(
-            sorted((r for r in rows if r['dtype'] == 'fp32'), key=lambda r: (
-                r['method'], r['variant'], r['seed'])), lambda r: (r['method'], r['variant'])):
-        group, line = list(group), f'{key[0]:12s}{key[1]:32s}'
-        seeds = {r['seed'] for r in group}
+def at_budgets(rows):
+    """{(method, variant): {budget: [change against dense, a seed each]}} in fp32, by the setting
+    that is best on the other half of the held-out set; every seed has to reach the budget."""
+    found = {}
+    for r in (r for r in rows if r['dtype'] == 'fp32'):
+        found.setdefault((r['method'], r['variant']), {}).setdefault(r['seed'], []).append(r)
+    table = {}
+    for key, seeds in sorted(found.items()):
+        table[key] = {}
         for budget in BUDGETS:
-            best = {}
-            for r in (r for r in group if r['flops'] <= budget + 1e-9):
-                best.setdefault(r['seed'], []).append((r['worse_pick'], r['delta']))
-            values = [min(found)[1] for found in best.values()]
-            said = f'{statistics.mean(values):+.2%}' if len(best) == len(seeds) else '-'
-            spread = f' ± {np.ptp(values) / 2:.2%}' if len(seeds) > 1 and said != '-' else ''
+            best = [min(((r['worse_pick'], r['delta']) for r in of if r['flops'] <= budget + 1e-9),
+                        default=None) for of in seeds.values()]
+            if None not in best:
+                table[key][budget] = [delta for _, delta in best]
+    return table
+
+def print_methods(rows):
+    """By method: the change against dense within each budget of FLOPs; the mean over seeds and half
+    of their spread."""
+    print('\nchange against dense at FLOPs of ' + ', '.join(f'{b:.0%}' for b in BUDGETS))
+    for key, reached in at_budgets(rows).items():
+        line = f'{key[0]:12s}{key[1]:32s}'
+        for budget in BUDGETS:
+            values = reached.get(budget, ())
+            said = f'{statistics.mean(values):+.2%}' if values else '-'
+            spread = f' ± {np.ptp(values) / 2:.2%}' if len(values) > 1 else ''
             line += f'{said:>9s}{spread:8s}'
         print(line)
 
