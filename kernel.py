@@ -1474,8 +1474,9 @@ struct Rows {  // n rows of K numbers, quantised
         return u > most ? u : most;
     }
 };
-// Where a product goes: out[row] = or += x[row] @ panels of m + bias
-struct Out { float* p; i64 stride; bool plus; };
+// Where a product goes: out[row] = or += x[row] @ panels of m + bias, of which ReLU, times fold,
+// where there is one
+struct Out { float* p; i64 stride; bool plus; const float* fold = nullptr; };
 
 // sum += block i of each row of x times those at w, of NP panels
 template <int NT, int NP>
@@ -1505,6 +1506,7 @@ static inline void write(const Sum (&sum)[NT][NP], const Matrix& m, const Rows& 
             const int r = rows[t];
             v8f y = __builtin_convertvector(total(sum[t][p]) - SURPLUS * x.sum[r], v8f);
             y = y * (x.scale[r] * scale) + bias;
+            if (out.fold) y = (y < v8f{} ? v8f{} : y) * *(v8u*)(out.fold + j);
             float* to = out.p + r * out.stride + j;
             if (width == 8) *(v8u*)to = out.plus ? *(v8u*)to + y : y;
             else for (i64 i = 0; i < width; i++) to[i] = out.plus ? to[i] + y[i] : y[i];
@@ -1605,8 +1607,9 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             const i64 j1 = lo + std::clamp<i64>(to - before, 0, size);
             before += size;
             const int* row = &rows[e * this->n];
-            product(f.in, x, row, some[e], j0 / 8, j1 / 8, {h, H, false});
-            for (i64 i = 0; i < some[e]; i++) {
+            const float* fold = f.act ? nullptr : f.fold;        // of ReLU at once
+            product(f.in, x, row, some[e], j0 / 8, j1 / 8, {h, H, false, fold});
+            for (i64 i = 0; i < some[e] && !fold; i++) {
                 float* unit = h + row[i] * H;
                 i64 j = j0;
                 for (; j + LANES <= j1; j += LANES)
