@@ -146,8 +146,8 @@ def entries(found, paths=()):
 
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
-    a rule of their own run with top-k, too: it is the control. Ceilings, by their own rule, replace
-    the first converted one's routers. Dense in fp32 always comes first."""
+    a rule of their own run with top-k, too: it is the control. Ceilings replace the first
+    converted one's routers, by their own rule or the one asked for. Dense in fp32 comes first."""
     def job(e, kind=None, rule=None, tau=None, taus=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
@@ -517,7 +517,9 @@ def plot_rows(rows, path):
         heat, axes = new_axes(2)
     except BadInput as error:
         return f'; {error}'
-    for curve in list(curves(rows).values())[:1]:
+    heat.set_axis_off()
+    for curve in [c for c in curves(rows).values() if c[0]['router_loss']][:1]:
+        heat.set_axis_on()
         shares = np.array([r['experts_per_layer'] for r in curve])           # (tau, MLP)
         heat.imshow(shares, cmap='Greys', vmin=0, vmax=1, aspect='auto')
         for (i, j), share in np.ndenumerate(shares):
@@ -553,7 +555,8 @@ def plot_layers(rows, path):
         curve = [r for r in rows if (r['T'], r['expert_size']) == (T, s)]
         axes.plot([r['rho'] for r in curve], [1 / r['speedup'] for r in curve], marker='o', ms=3,
                   label=f'T {T}, experts of {s}')
-    for ls, (D, H, s) in zip(('-', '--', ':'), sorted({
+    share.axhline(1, color='black', lw=0.8)
+    for ls, (D, H, s) in zip(itertools.cycle(('-', '--', ':', '-.')), sorted({
             (r['D'], r['H'], r['expert_size']) for r in rows})):
         router = 128 * (D + H / s) / (2 * D * H)                 # of width 128
         share.plot([0, 1], [router, 1 + router], color='black', ls=ls, label=f'experts of {s}')
@@ -562,15 +565,16 @@ def plot_layers(rows, path):
     save_picture(axes, path, xlabel='share of neurons run', ylabel='time (1 = dense)')
 
 def plot_methods(rows, path):
-    """Quality against FLOPs and against measured time: the mean over seeds of each method's own
-    rule, half of the spread as bars; then every variant within 60 % of the FLOPs."""
+    """Every variant within 60 % of the FLOPs; quality against FLOPs and against measured time: the
+    mean over seeds of each method's own rule, half of the spread as bars."""
     bars, *pictures = new_axes(3)
     within = {' '.join(key).strip(): 100 * statistics.mean(reached[0.6])
               for key, reached in at_budgets(rows).items() if 0.6 in reached}
-    names = sorted(within, key=within.get, reverse=True)
-    bars.barh(names, [min(within[name], 6) for name in names], color='grey')
+    # the best on top
+    names = sorted(within, key=within.get, reverse=rows[0]['metric'] == 'loss')
+    bars.barh(names, np.clip([within[name] for name in names], -6, 6), color='grey')
     bars.tick_params(labelsize=6)
-    bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, 6: or more)')
+    bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, cut at 6)')
     own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant']]
     for marker, name in zip('o*s^vDPX<>', dict.fromkeys(r['method'] for r in own)):
         points = {}
@@ -1430,10 +1434,10 @@ def methods_suite(o, device, shape):
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
     typed = o.train.parse(options)          # a wrong one now, not after hours
     reasons = {method: left_out(method, typed) for method in METHODS}
-    others = [dict(method=method[0], variant=method[1], left_out=why)
+    others = [dict(method=method[0], variant=method[1], why=why)
               for method, why in reasons.items() if why]
     for r in others:
-        print(f'{r["method"]} {r["variant"]}'.rstrip() + f': {r["left_out"]}')
+        print(f'{r["method"]} {r["variant"]}'.rstrip() + f': {r["why"]}')
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
             if not reasons[method] and (seed == 0 or method[0] in MAIN and not method[1])]
     began = time.time()
@@ -1449,7 +1453,7 @@ def methods_suite(o, device, shape):
                  if (r['method'] == own or not own and r['method'] not in ('dense', 'sparse'))
                  and (r['router_loss'] not in CEILINGS or 'moefy' in METHODS[method][1])]
         write_json(os.path.join(out_dir, 'methods.json'),
-                   dict(config=dict(options=options, seeds=o.seeds), rows=rows + others))
+                   dict(config=dict(options=options, seeds=o.seeds), rows=rows, left_out=others))
     print_methods(rows)
     return rows
 

@@ -1346,7 +1346,7 @@ typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 // Whole: of x; Narrow: COLUMNS of x, for each row; Wide: of a block; Sum: of a panel;
 // TOKENS x PANELS sums fill the registers, as do LONG panels of one token; 64 blocks of SHORT
 // panels fit into the L1 cache; SURPLUS: of a weight; FULL: percent of blocks wanted from which a
-// dense product, which shares what it loads, is faster
+// dense product, which shares what it loads, is faster (measured with VNNI)
 #if defined(__AVX512VNNI__)
 enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SHORT = 6, SURPLUS = 128, FULL = 60 };
 typedef s8 Whole;
@@ -1436,7 +1436,8 @@ struct Rows {  // n rows of K numbers, quantised
     Rows(i64 n, i64 K) : K(K), q(n * K), scale(n), sum(n), ids(n) {
         std::iota(ids.begin(), ids.end(), 0);
     }
-    // Row t is x: all of it, or the blocks in `live`, one after the other or where they belong
+    // Row t is x, whose largest |x| is among `most`: all of it, or the blocks in `live`, one after
+    // the other or where they belong
     void set(i64 t, const float* x, v8i most, const u64* live, bool packed) {
         int bits = 0;
         for (int i = 0; i < 8; i++) bits = std::max(bits, most[i]);
@@ -1549,7 +1550,8 @@ static void product(const Matrix& m, const Rows& x, i64 n, i64 part, i64 parts, 
 }
 struct Strip {  // room for 64 blocks of SHORT panels of a matrix, and for the sums of n rows
     Buffer w, sums; std::vector<const Whole*> at;
-    Strip(i64 n) : w(64 * SHORT * 16), sums(n * LONG * sizeof(Sum) / 4), at(n) {}
+    Strip(i64 n)
+        : w(64 * SHORT * 16), sums(std::max<i64>(n * SHORT, FEW * LONG) * sizeof(Sum) / 4), at(n) {}
 };
 // n rows of x, each nothing but the blocks in its `live`: NP panels at a time, 64 blocks of them,
 // which many rows read from a copy in the L1 cache
@@ -1640,7 +1642,7 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             });
             most[t] = all;
         }
-        const bool packed = filled * 8 * 100 <= FULL * n * H;
+        const bool packed = H && filled * 8 * 100 <= FULL * n * H;
         for (i64 t = 0; t < n; t++)
             h.set(t, unit + t * H, most[t], &live[t * words], packed);
         if (!packed) return product(f.out, h, x.ids.data(), n, p0, p1, {y, D, true});

@@ -229,7 +229,7 @@ class SoftMasks(nn.Module):
         self.chosen, self.speed, self.binary, self.density = chosen, speed, False, None
 
     def forward(self, x):               # (T, D) -> (T, K), (T, H)
-        p = linear(x, self.w).softmax(-1)
+        p = linear(x, self.w).float().softmax(-1)
         return p, self.choose(p)
 
     def values(self):

@@ -193,7 +193,7 @@ class Choice(nn.Module):
         self.w = nn.Parameter(torch.randn(n_outputs(mlp, owners), mlp.w_in.shape[1]) * 0.02)
 
     def forward(self, x):                   # (T, D) -> (T, R)
-        return linear(x, self.w).softmax(-1)
+        return linear(x, self.w).float().softmax(-1)
 
 class Oracle(nn.Module):
     """The true norms: no router can do better on the same experts. It has nothing to learn."""
@@ -275,7 +275,8 @@ class Exits(nn.Module):
 
     def answer(self, logits):               # of the heads so far, each (B, C) -> (B, C)
         i = len(logits) - 1
-        parts = [w * l.detach().log_softmax(-1) for w, l in zip(self.weights[i].exp(), logits)]
+        logs = [l.detach().float().log_softmax(-1) for l in logits]
+        parts = [w * log for w, log in zip(self.weights[i].exp(), logs)]
         return sum(parts) / len(parts) + self.biases[i]
 
 @dataclass
@@ -392,7 +393,8 @@ class Route:
         with torch.no_grad():
             model.encode(**batch[0], tap=tap)
         for t, mlp, g in zip(tap, model.mlps(), self.grams):
-            norms, router = expert_norms(t['a'], g), mlp.router
+            with torch.autocast(t['a'].device.type, enabled=False):
+                norms, router = expert_norms(t['a'].float(), g), mlp.router
             if router.scale == 0:
                 router.scale.copy_(norms.square().mean().sqrt().clamp_min(1e-9))
             losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
@@ -404,21 +406,21 @@ class Route:
         batches, rule, mlps = batches[::2], model.mlps()[0].router.net.rule, model.mlps()
 
         def measured(i):
-            """Loss, the share of neurons that MLP i runs, tokens of a text."""
-            losses, shares, tokens = [], [], []
+            """Loss, the share of neurons that MLP i runs."""
+            losses, shares = [], []
             for batch in batches:
                 losses.append(model.loss(batch, tap := Masks()))
                 shares.append(mlps[i].share(tap[i]))
-                tokens.append(0 if tap[i] is None else len(tap[i]) / len(batch[1]))
-            return (torch.stack(losses).mean().item(), sum(shares) / len(shares),
-                    sum(tokens) / len(tokens))
+            return torch.stack(losses).mean().item(), sum(shares) / len(shares)
 
         model.set_rule('')
-        base, menus = measured(0)[0], []
+        (base, _), menus = measured(0), []
+        layouts = [model.embed(**inputs)[1] for inputs, _ in batches]
+        tokens = sum(int(layout.starts[-1]) / layout.B for layout in layouts) / len(layouts)
         for i, mlp in enumerate(mlps):
             mlp.router.rule, mlp.router.floor, menu = rule, FLOOR, []
             for mlp.router.tau in GRID[rule]:
-                loss, rho, tokens = measured(i)
+                loss, rho = measured(i)
                 menu.append((mlp.router.tau, loss / base - 1, rho))
             mlp.router.rule = ''
             menus.append(sorted(menu, key=lambda entry: -entry[2]))
