@@ -123,7 +123,10 @@ def entries(found, paths=()):
         elif not paths:
             print(f'{path} is not measured: unfinished, or made from a checkpoint that is no '
                   'longer here; python train.py --overwrite=1 makes it again')
-    chosen = []
+    # what somebody else made says less of itself
+    unsaid, chosen = dict(parent=None, options={}, data={}), []
+    others = [entry(path, unsaid | dict(phase=os.path.basename(path)) | read_checkpoint(path))
+              for path in paths]
     for phase in ('dense', 'sparsify'):
         of_phase = [e for e in standing if e.data['phase'] == phase][:1]
         if not chosen + of_phase:
@@ -131,10 +134,6 @@ def entries(found, paths=()):
                            + (f' beside {paths[0]}' if paths else '')
                            + f': make it with python train.py --phase={phase}')
         chosen += of_phase
-    # what somebody else made says less of itself
-    unsaid = dict(parent=None, options={}, data={})
-    others = [entry(path, unsaid | dict(phase=os.path.basename(path)) | read_checkpoint(path))
-              for path in paths]
     for e in others:
         if e.data.get('step', 0) < e.data.get('steps', 0):
             raise BadInput(f'{e.path} stopped at step {e.data["step"]} of {e.data["steps"]}')
@@ -412,9 +411,10 @@ def report(rows, curve_rows, activity, folder):
         deployable = [r for r in choice.values() if r['speedup']]
         best = min(deployable, key=lambda r: r['flops'], default=None)
         if best:
-            print(f'\nat most 1 % worse: {best["router_loss"] or ""} {best["rule"]} '
-                  f'{setting(best)}, {best["flops"]:.0%} of the FLOPs, {best["speedup"]:.2f} x as '
-                  f'fast; to use it: load({best["file"]!r}).set_rule({best["rule"]!r}, '
+            print(f'\nat most 1 % worse ({worse(best, rows):+.2%} where it is reported): '
+                  f'{best["router_loss"] or ""} {best["rule"]} {setting(best)}, '
+                  f'{best["flops"]:.0%} of the FLOPs, {best["speedup"]:.2f} x as fast; to use it: '
+                  f'load({best["file"]!r}).set_rule({best["rule"]!r}, '
                   f'{best["taus"] or best["tau"]})')
     else:
         print('none')

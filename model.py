@@ -316,6 +316,8 @@ class Transformer(nn.Module):
         if (flops is None) == (max_loss is None):
             raise BadInput('budget: give one, FLOPs or the loss that may be added')
         c, found = self.config, self.config.calibration
+        if not c.router_loss:
+            raise BadInput('budget needs routers: this model has none yet')
         if not found:
             raise BadInput('nothing was measured to choose from: run --phase=router --overwrite=1')
         at, menus, whole = [0] * len(found['menus']), found['menus'], self.flops(found['tokens'])
@@ -351,7 +353,8 @@ class Transformer(nn.Module):
         (kernel.Int8; activations are quantised on the fly), 'bf16' for all; 'fp32' changes nothing.
         Such a model is neither trained nor saved. Returns it. ValueError if it cannot be."""
         if dtype not in ('fp32', 'bf16', 'int8') or self.dtype not in ('fp32', dtype):
-            raise ValueError(f'dtype={dtype}: must be fp32, bf16 or int8, of a model in fp32')
+            raise ValueError(f'dtype={dtype}: must be fp32, bf16 or int8, of a model in fp32; '
+                             f'this one is in {self.dtype}')
         if dtype == 'bf16':
             self.bfloat16()
         if dtype == 'int8' and self.dtype == 'fp32':
@@ -525,6 +528,8 @@ class Transformer(nn.Module):
             tokens = texts.encode([idx])[0] or texts.encode(['\n'])[0]
             idx = torch.tensor([tokens], device=self.wte.weight.device)
             return texts.decode(self.generate(idx, n, temperature, top_k, generator)[0].tolist())
+        if not torch.is_tensor(idx):
+            raise ValueError('generate takes one string, or a tensor of tokens (B, L)')
         block, cache = self.config.block_size, None
         for _ in range(n):
             if cache is None or cache[0].n == block:
@@ -547,11 +552,13 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def classify(self, texts, batch_size=32):
-        """Strings -> the name of each one's class, or its number where no name is known."""
+        """A string, or several -> the name of each one's class, or its number where no name is
+        known: a list."""
         if self.config.head != 'cls':
             raise ValueError('only a model with a classification head classifies')
         tools = tokenizer(self.about, False)
-        ids = [cut(i, self.config.block_size, tools.closing) for i in tools.encode(list(texts))]
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = [cut(i, self.config.block_size, tools.closing) for i in tools.encode(texts)]
         found, names = [], self.about.get('classes')
         for i in range(0, len(ids), batch_size):
             inputs = pad(ids[i:i + batch_size], self.wte.weight.device)
@@ -933,6 +940,8 @@ def export_plain(model, folder):
     c, (kind, prefix) = model.config, published_class(model.config)
     keys = KEYS['gpt2' if c.causal else 'bert']
     j = kind.config_class(**{theirs: getattr(c, ours) for ours, theirs in keys.items()})
+    if c.causal and c.vocab_size < 50257:   # no token is special
+        j.bos_token_id = j.eos_token_id = None
     setattr(j, keys['activation'], dict(gelu_tanh='gelu_new').get(c.activation, c.activation))
     if c.head == 'cls':
         labels = model.about.get('classes') or [f'LABEL_{i}' for i in range(c.n_classes)]

@@ -746,6 +746,8 @@ def test_a_budget_takes_the_best_of_all_choices():
     assert of([next(e for e in menu if e[0] == t) for menu, t in zip(menus, taus)])[1] <= 0.05
     with pytest.raises(M.BadInput, match='as close as'):
         m.budget(flops=0.1)
+    with pytest.raises(M.BadInput, match='none yet'):
+        tiny().budget(flops=0.9)
     with pytest.raises(M.BadInput, match='nothing was measured'):
         routed(tiny()).budget(flops=0.9)
     with pytest.raises(ValueError, match='2 values of tau for 3 MLPs'):
@@ -1261,12 +1263,14 @@ def test_strings():
     assert bert.classify(texts, batch_size=7) == want and {*want} == {0, 1, 2}
     bert.about = dict(tokenizer='bytes', classes=['a', 'b', 'c'])
     assert bert.classify(texts) == ['abc'[i] for i in want]
+    assert bert.classify(texts[0]) == bert.classify(texts[:1])
 
 @pytest.mark.parametrize('call, says', [
     (lambda: R.select(torch.ones(1, 2), 'other'), 'dynk, threshold'),
     (lambda: tiny().set_rule('dynk'), 'rule=dynk'),
     (lambda: routed(tiny()).set_rule('other'), 'rule=other'),
-    (lambda: tiny().classify(['']), 'only a'), (lambda: tiny(**CLS).generate('', 1), 'only a'),
+    (lambda: tiny().classify(['']), 'only a'), (lambda: tiny().generate(['a'], 1), 'one string'),
+    (lambda: tiny(**CLS).generate('', 1), 'only a'),
     (lambda: tiny()(tokens(1, 13)), '13 tokens do not fit'),
     (lambda: tiny()(tokens(3, 12), ragged(12) & (tokens(3, 1) > 40), only=True), 'without a token'),
     (lambda: tiny().quantize('int4'), 'dtype=int4'),

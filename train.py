@@ -115,7 +115,7 @@ class Use:
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
     dtype: Literal['fp32', 'bf16', 'int8'] = 'fp32'     # eval ends with int8 in any case
     prompt: str = '\n'
-    n_tokens: int = 300                     # to sample
+    n_tokens: int = 300                     # to sample; show_load shows the last block_size
     temperature: float = 0.8
     top_k: int = 50
     show_load: bool = False                 # colour each token by the share of the FFNs it ran
