@@ -573,7 +573,7 @@ def plot_methods(rows, path):
     # the best on top
     names = sorted(within, key=within.get, reverse=rows[0]['metric'] == 'loss')
     bars.barh(names, np.clip([within[name] for name in names], -6, 6), color='grey')
-    bars.tick_params(labelsize=6)
+    bars.tick_params(labelsize=5)
     bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, cut at 6)')
     own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant']]
     for marker, name in zip('o*s^vDPX<>', dict.fromkeys(r['method'] for r in own)):
