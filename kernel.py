@@ -1444,7 +1444,7 @@ struct Rows {  // n rows of K numbers, quantised
         float largest; memcpy(&largest, &bits, 4);
         const float unit = largest / 127;
         const bool finite = bits < 0x7f800000, some = finite && unit > TINY;
-        Whole* row = &q[t * K];
+        Whole* row = q.data() + t * K;
         v8i all = {};
         auto put = [&](i64 to, i64 k) {
             // Its low bits: to nearest, ties even. A product some CPUs would fuse with the sum.
@@ -1517,7 +1517,7 @@ static inline void write(const Sum (&sum)[NT][NP], const Matrix& m, const Rows& 
 template <int NT, int NP>
 static void multiply(const Matrix& m, const Rows& x, const int* rows, i64 p, Out out) {
     const Whole* xs[NT];
-    for (int t = 0; t < NT; t++) xs[t] = &x.q[rows[t] * x.K];
+    for (int t = 0; t < NT; t++) xs[t] = x.q.data() + rows[t] * x.K;
     Sum sum[NT][NP] = {};
     for (i64 k = 0; k < x.K / 8; k++)
         add_block<NT, NP>(sum, xs, k, m.w + p * m.panel + k * m.step, m.panel);
@@ -1560,7 +1560,7 @@ static void sparse(const Matrix& m, const Rows& x, const u64* live, i64 n, i64 p
                    Strip& my) {
     const i64 K = x.K / 8, words = (K + 63) / 64;
     for (; p + NP <= p1; p += NP) {
-        for (i64 t = 0; t < n; t++) my.at[t] = &x.q[t * x.K];
+        for (i64 t = 0; t < n; t++) my.at[t] = x.q.data() + t * x.K;
         for (i64 k = 0; k < K; k += 64) {
             const u8* w = m.w + p * 64 + k * m.step;
             for (i64 i = 0; i < std::min<i64>(64, K - k) && n > FEW; i++)
@@ -1644,7 +1644,7 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
         }
         const bool packed = H && filled * 8 * 100 <= FULL * n * H;
         for (i64 t = 0; t < n; t++)
-            h.set(t, unit + t * H, most[t], &live[t * words], packed);
+            h.set(t, unit + t * H, most[t], live.data() + t * words, packed);
         if (!packed) return product(f.out, h, x.ids.data(), n, p0, p1, {y, D, true});
         auto* f2 = n > FEW ? sparse<SHORT> : sparse<LONG>;
         f2(f.out, h, live.data(), n, p0, p1, {y, D, true}, strip);
