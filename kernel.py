@@ -1589,7 +1589,8 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     i64 n, D, H, E;
     Rows x, h;
     std::vector<u8> mask; std::vector<int> rows, some;
-    std::vector<u64> live; std::vector<v8i> most; Strip strip;  // which blocks of h are not zero
+    std::vector<u64> live;  // which blocks of h are not zero
+    std::vector<v8i> most; Strip strip;
     Worker(i64 n, i64 D, i64 H, i64 E)
         : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), rows(n * E), some(E),
           live(n * ((H / 8 + 63) / 64)), most(n), strip(n) {}
