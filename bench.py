@@ -152,7 +152,9 @@ def jobs_of(entries, o):
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
                        dtype=o.dtype, taus=taus)
 
-    jobs, routed = [job(e) for e in entries if not e.kind], [e for e in entries if e.kind]
+    jobs = [job(e) for e in entries if not e.kind]
+    # with exits their routers do as in the checkpoint that they came from
+    routed = [e for e in entries if e.kind and not e.data['config'].get('exits')]
     if o.dtype != 'fp32':
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
     # of masks, which overlap, there is none; MoEfication's own beside its router
@@ -208,7 +210,7 @@ def row_of(model, dense, batches):
     is reported, the others are there to pick tau by (`loss_pick`, `accuracy_pick`). FLOPs are those
     of the mean length, padding left out."""
     config, mlps = model.config, model.mlps()
-    losses, shares, predicted, times, alive = [], [], [], [], []
+    losses, shares, predicted, times, alive, each = [], [], [], [], [], []
 
     def run(m, inputs):
         masks = Masks()
@@ -228,6 +230,10 @@ def row_of(model, dense, batches):
             times.append((n_tokens(inputs), seconds, timed(lambda: run(dense, inputs))[1]))
         losses.append(cross_entropy(logits, targets).cpu())
         shares.append(rho(masks))
+        # the experts of all MLPs together; where tokens leave there is no such share
+        chosen = [mask for mask in masks if mask is not None]    # (T, E) each
+        if len(set(map(len, chosen))) == 1:
+            each += torch.cat(chosen, 1).float().mean(1).tolist()
         alive.append([*masks.alive, *[(0, 0, 0)] * (config.n_layer - len(masks.alive))])
         predicted.append(logits.argmax(-1) if config.head == 'cls' else None)
 
@@ -252,6 +258,7 @@ def row_of(model, dense, batches):
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
         accuracy=None, macro_f1=None, tokens=tokens.sum().item(), experts_per_layer=rho,
+        experts_per_token=np.histogram(each, 20, (0, 1))[0].tolist(),
         ms_per_1k_tokens=1e6 * sum(ours) / sum(counts),
         speedup=statistics.median(b / a for a, b in zip(ours, theirs)))
     if config.head == 'cls':
@@ -297,14 +304,16 @@ def model_for(e, what, loaded, device):
     tau = what['taus'] or what['tau'] or 0.0
     return loaded[key].set_rule(what['rule'] or '', tau, what['floor'] or 0.0)
 
+# what rows call a phase, if not by its name
+ROW_OF = dict(sparsify='sparse', router='d2dmoe')
+
 def finished_row(e, what, model, dense, batches):
     row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
     if what['router_loss'] in CEILINGS:     # they cost nothing, and cannot be timed
         row |= dict(ms_per_1k_tokens=None, speedup=None)
     if phase == 'dense' and what['dtype'] == 'fp32':             # dense against itself
         row['speedup'] = 1.0
-    method = dict(sparsify='sparse', router='d2dmoe').get(phase, phase)
-    return dict(method=method, **what, **row, seed=options.get('seed'),
+    return dict(method=ROW_OF.get(phase, phase), **what, **row, seed=options.get('seed'),
                 split=options.get('split'), file=e.path)
 
 def evaluate(entries, batches, o, settings, folder, device):
@@ -509,15 +518,16 @@ def save_picture(axes, path, **about):
     axes.figure.savefig(path, dpi=150, bbox_inches='tight')
 
 def plot_rows(rows, path):
-    """What every MLP of the first router runs, by tau; loss or accuracy against FLOPs, a line for
-    each router and rule. Returns what to say."""
+    """What every MLP of the first router runs, by tau; how much its tokens run; loss or accuracy
+    against FLOPs, a line for each router and rule. Returns what to say."""
     with contextlib.suppress(OSError):      # never a stale one
         os.remove(path)
     try:
-        heat, axes = new_axes(2)
+        heat, spread, axes = new_axes(3)
     except BadInput as error:
         return f'; {error}'
     heat.set_axis_off()
+    spread.set_axis_off()
     for curve in [c for c in curves(rows).values() if c[0]['router_loss']][:1]:
         heat.set_axis_on()
         shares = np.array([r['experts_per_layer'] for r in curve])           # (tau, MLP)
@@ -525,6 +535,13 @@ def plot_rows(rows, path):
         for (i, j), share in np.ndenumerate(shares):
             heat.text(j, i, f'{share:.0%}', ha='center', va='center', fontsize=7,
                       color='white' if share > 0.5 else 'black')
+        for i, r in enumerate(r for r in curve if sum(r.get('experts_per_token', ()))):
+            spread.set_axis_on()
+            counts = np.array(r['experts_per_token'])
+            spread.stairs(100 * counts / counts.sum(), np.linspace(0, 100, len(counts) + 1),
+                          color=str(0.8 * i / len(curve)), label=f'{r["rule"]} {setting(r)}')
+            spread.set(xlabel='experts that a token runs, all MLPs (%)', ylabel='tokens (%)')
+            spread.legend(frameon=False, fontsize=7)
         heat.set(xlabel=f'MLP: neurons run by {label(curve[0], rows)} {curve[0]["router_loss"]}',
                  ylabel=curve[0]['rule'], xticks=range(shares.shape[1]),
                  yticks=range(len(curve)), yticklabels=[setting(r) for r in curve])
@@ -1340,6 +1357,9 @@ METHODS = {
     ('pruning', 'by output'): (('dense', ''), 'prune', '--prune=0.5 --prune_by=output'),
     ('pruning', 'three quarters'): (('dense', ''), 'prune', '--prune=0.75'),
     ('neuron', ''): (('d2dmoe', ''), 'moefy router', '--expert_size=1 --router_loss=active'),
+    ('ours', 'with exits'): (('ours', ''), 'exits', '--exits=1'),
+    ('ours', 'with halting'): (('dense', ''), 'halting sparsify moefy router',
+                               '--halting=1 --router_loss=active'),
     ('exits', ''): (('dense', ''), 'exits', '--exits=1'),
     ('halting', ''): (('dense', ''), 'halting', '--halting=1'),
 } | {('d2dmoe', f'experts of {s}'): (('d2dmoe', ''), 'moefy router',
@@ -1388,6 +1408,8 @@ def run_method(train, method, seed, out_dir, options):
         train.run(train.parse([*(a for k, a in said.items() if k in mine), where,
                                f'--phase={phase}']))
     asked = [said[k] for k in ('eval_batches', 'batch_size') if k in said]
+    if method == ('d2dmoe', ''):            # in its results.json, and so among the rows below
+        train.run(train.parse([*asked, where, '--phase=eval', '--rule=cumulative']))
     rows = train.run(train.parse([*asked, where, '--phase=eval']))['rows']
     if method[0] == 'small':                # compared with the other dense one
         dense = place(out_dir, ('dense', ''), seed)
@@ -1420,13 +1442,14 @@ def method_row(r, rows, method, seed, seconds, base):
 
 def left_out(method, typed):
     """Why a method is not run on a base; '' if it is."""
-    bert = typed.get('arch') == 'bert'
-    if method[0] in ('exits', 'halting') and not bert:
+    bert, combined = typed.get('arch') == 'bert', ('with exits', 'with halting')
+    if (method[0] in ('exits', 'halting') or method[1] in combined) and not bert:
         return 'for BERTs only: the next tokens of a GPT need the keys and values of every block'
     if 'init_from' in typed and (method[0] == 'small' or method[1] == 'GELU kept'):
         return ('only where the base is trained from scratch: a smaller one, or one of GELU, that '
                 'has seen as much text as --init_from is not at hand')
-    return 'ablations are for GPTs only' if bert and method[1] not in ('', 'on the pruned') else ''
+    shown = '', 'on the pruned', *combined
+    return 'ablations are for GPTs only' if bert and method[1] not in shown else ''
 
 def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
@@ -1447,11 +1470,11 @@ def methods_suite(o, device, shape):
               flush=True)
         with torch.inference_mode(False):
             found, seconds, base = run_method(o.train, method, seed, out_dir, options)
-        own = 'dense' if method[0] in ('dense', 'small') else None
+        phases = METHODS[method][1].split()
         # ceilings belong to the experts, not to every router of them
         rows += [method_row(r, found, method, seed, seconds, base) for r in found
-                 if (r['method'] == own or not own and r['method'] not in ('dense', 'sparse'))
-                 and (r['router_loss'] not in CEILINGS or 'moefy' in METHODS[method][1])]
+                 if r['method'] == ROW_OF.get(phases[-1], phases[-1])
+                 and (r['router_loss'] not in CEILINGS or 'moefy' in phases)]
         write_json(os.path.join(out_dir, 'methods.json'),
                    dict(config=dict(options=options, seeds=o.seeds), rows=rows, left_out=others))
     print_methods(rows)

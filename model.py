@@ -269,6 +269,8 @@ class Transformer(nn.Module):
         if c.head != 'cls' or c.n_layer < 2:
             raise BadInput('early exits are for a BERT of several blocks that classifies: the next '
                            'tokens of a GPT need the keys and values of every block')
+        if c.halting:
+            raise BadInput('early exits: tokens that halt do not go with texts that leave early')
         self.exits = Exits(c.n_layer, c.n_embd, c.n_classes).to(self.wte.weight.device)
         c.exits = True
 
@@ -510,9 +512,12 @@ class Transformer(nn.Module):
         return h if self.config.head is None else self.logits(h)
 
     def loss(self, batch, tap=None):
-        """The task's: batch is (what encode takes, targets (B, L) or (B)) -> scalar."""
+        """The task's, and in learning what halting costs: batch is (what encode takes, targets
+        (B, L) or (B)) -> scalar."""
         inputs, targets = batch
-        return cross_entropy(self(**inputs, tap=tap), targets)
+        task = cross_entropy(self(**inputs, tap=tap), targets)
+        pays = self.halting is not None and torch.is_grad_enabled()
+        return task + self.halting.cost(len(self.blocks)) if pays else task
 
     @torch.inference_mode()
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
@@ -620,7 +625,15 @@ def census(layout):
     return lengths.sum().item(), len(lengths), lengths.square().sum().item()
 
 def cross_entropy(logits, targets):
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+    """logits (..., V), targets labels (...) or (labels, a teacher's logits, its share) -> scalar.
+    A teacher's part is 4 KL(softmax(soft / 2) | softmax(logits / 2)) (Hinton et al. 2015)."""
+    logits = logits.float().flatten(0, -2)
+    if torch.is_tensor(targets):
+        return F.cross_entropy(logits, targets.flatten())
+    labels, soft, share = targets
+    log_p, log_q = ((t / 2).log_softmax(-1) for t in (soft.float().flatten(0, -2), logits))
+    apart = F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
+    return (1 - share) * cross_entropy(logits, labels) + share * 4 * apart
 
 def n_tokens(inputs):
     """Tokens that are not padding in what encode takes."""

@@ -269,6 +269,7 @@ class LearnMasks:
     masks_chosen: Annotated[int, '> 0'] = 1     # by each token
     mask_ratio: Annotated[float, '0..1'] = 0.3  # share of the neurons to run
     mask_ramp: Annotated[float, '0..1'] = 0.5   # share of the run over which it falls from 1
+    distil: Annotated[float, '0..1'] = 0.0
 
     @property
     def speed(self):                    # of log alpha and the multipliers, in learning rates

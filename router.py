@@ -281,10 +281,10 @@ class Exits(nn.Module):
 
 @dataclass
 class LearnExits:
-    """Early exits (ZTW) on the dense model, which stays as it is; for a BERT.
+    """Early exits (ZTW) on the converted model, or the dense one, which stays as it is; for a BERT.
 
     The next tokens of a GPT need the keys and values of every block."""
-    reads, writes = ('dense',), 'exits'
+    reads, writes = ('d2dmoe', 'dense'), 'exits'
     wanted = 'exits'
     steps: int = 400
     lr: float = 1e-2
@@ -292,6 +292,9 @@ class LearnExits:
 
     def prepare(self, model, batches):
         model.add_exits()
+        if model.config.router_loss:
+            model.set_rule(ROUTERS[model.config.router_loss].rule, 0.1)
+            print(f'exits    of {model.config.router_loss} by {model.config.rule}, tau 0.1')
 
     def parameters(self, model):
         model.eval()                        # no dropout: the model is frozen
@@ -320,24 +323,35 @@ class Halting(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer('gain', torch.zeros(()))
-        self.register_buffer('shift', torch.zeros(()))
+        for name in ('gain', 'shift', 'depth'):                  # depth: wanted, in blocks
+            self.register_buffer(name, torch.zeros(()))
         # of the last batch: mean h after each block, and what was missing at the end
         self.scores, self.missing = [], 0.0
 
     def forward(self, x):                   # (T, D) -> (T)
         return torch.sigmoid(self.gain * x[:, 0] - self.shift)
 
+    def cost(self, n_layer):
+        """Of the last batch: 5e-4 of what was missing at the end (the part of the ponder cost that
+        has a gradient), + 0.1 of the KL divergence of how the halting scores lie over depth from a
+        normal (sigma 1) around the wanted one (A-ViT)."""
+        scores = F.pad(torch.stack(self.scores), (0, n_layer - len(self.scores)))
+        depth = torch.arange(1, n_layer + 1, device=scores.device)
+        wanted = (-(depth - self.depth) ** 2 / 2).softmax(0)
+        found = (scores / scores.sum()).clamp_min(1e-6)
+        return 5e-4 * self.missing + 0.1 * (found * (found / wanted).log()).sum()
+
 @dataclass
 class LearnHalting:
     """Token halting (A-ViT), for a BERT; a GPT's later tokens need the earlier ones' keys."""
-    reads, writes = ('base',), 'halting'
+    reads, writes = ('pruned', 'base'), 'halting'
     wanted = 'halting'
     looks = True
     steps: int = 130
     lr: float = 1e-3
     halting: bool = False                   # 1: tokens that have been read enough leave
     halt_depth: Annotated[float, '0..1'] = 0.5      # share of the blocks that a token should take
+    distil: Annotated[float, '0..1'] = 0.0
 
     @torch.no_grad()
     def prepare(self, model, batches):
@@ -351,21 +365,13 @@ class LearnHalting:
         std, mean = torch.std_mean(torch.cat(seen))
         model.halting.gain.copy_(2 / std.clamp_min(1e-6))
         model.halting.shift.copy_(model.halting.gain * mean + 3)
+        model.halting.depth.fill_(self.halt_depth * len(model.blocks))
 
     def parameters(self, model):
         return model.parameters()
 
     def loss(self, model, batch, progress):
-        """Task, + 5e-4 of what was missing at the end (the part of the ponder cost that has a
-        gradient), + 0.1 of the KL divergence of how the halting scores lie over depth from a normal
-        (sigma 1) around the target (A-ViT)."""
-        task, n = model.loss(batch), len(model.blocks)
-        scores = F.pad(torch.stack(model.halting.scores), (0, n - len(model.halting.scores)))
-        depth = torch.arange(1, n + 1, device=scores.device)
-        wanted = (-(depth - self.halt_depth * n) ** 2 / 2).softmax(0)
-        found = (scores / scores.sum()).clamp_min(1e-6)
-        far = (found * (found / wanted).log()).sum()
-        return task + 5e-4 * model.halting.missing + 0.1 * far, dict(task=task.detach())
+        return model.loss(batch), {}
 
 # -------------------------------------------------------------------------------------- training
 

@@ -11,8 +11,7 @@
 
 alpha rises linearly over the first `sparsity_ramp` of the run (D2DMoE, section 3.1: Hoyer for ViT,
 l1 for BERT and GPT-2, the clamp for models that keep GELU). With `--distil=s` a share s of the task
-is what dense.pt says, not the labels: 4 KL(softmax(dense / 2) | softmax(model / 2)) (Hinton et al.
-2015, temperature 2); it is ours, the paper has none.
+is what dense.pt says, not the labels (model.cross_entropy); it is ours, the paper has none.
 
 Attention projections have no hidden neurons to be sparse. Before that penalty each may become an
 MLP of the same cost, which is then an MLP like any other. It starts from the largest singular
@@ -34,14 +33,12 @@ Pruning, the control, removes the neurons that do least on some batches and trai
 
 import copy
 import itertools
-import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 
-from model import MLP, BadInput, checkpoint_hash, cross_entropy, load, projection_width
+from model import MLP, BadInput, projection_width
 
 DELTA = -10.0
 PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty at the end of distillation
@@ -62,11 +59,6 @@ def penalty(model, tap, kind):
     groups = [[sparsity(kind, t) for t, ffn in zip(tap, is_ffn) if ffn == wanted]
               for wanted in (True, False)]
     return sum(torch.stack(g).mean() for g in groups if g)
-
-def divergence(logits, others):
-    """KL(softmax(others) | softmax(logits)), averaged over tokens or texts: (..., V) -> scalar."""
-    logits, others = (t.float().flatten(0, -2).log_softmax(-1) for t in (logits, others))
-    return F.kl_div(logits, others, reduction='batchmean', log_target=True)
 
 @torch.no_grad()
 def zeros(tap):
@@ -95,6 +87,7 @@ class Prune:
     lr: float = 1e-3
     prune: Annotated[float, '0..1'] = 0.0   # share of the neurons to remove; 0: no such phase
     prune_by: Literal['activation', 'output'] = 'activation'     # mean |a|, or |a| |w_out|
+    distil: Annotated[float, '0..1'] = 0.0
 
     @torch.no_grad()
     def prepare(self, model, batches):
@@ -119,7 +112,7 @@ class Prune:
 @dataclass
 class Sparsify:
     """ReLU for GELU, then task loss + alpha(t) * penalty."""
-    reads, writes = ('attn', 'pruned', 'base'), 'sparse'
+    reads, writes = ('attn', 'halting', 'pruned', 'base'), 'sparse'
     steps: int = 130                    # of dense, too
     lr: float = 1e-3                    # of dense, too
     sparsity_loss: Literal['l1', 'hoyer', 'gelu_clamp'] = 'l1'   # gelu_clamp keeps GELU
@@ -128,33 +121,19 @@ class Sparsify:
     distil: Annotated[float, '0..1'] = 0.0  # share of the task learned from dense.pt's soft labels
 
     def prepare(self, model, batches):
-        """Returns which dense.pt it learns from, if it does."""
         if self.sparsity_loss != 'gelu_clamp' and model.config.activation != 'relu':
             print(f'sparsify {model.config.activation} becomes relu')
             for mlp in model.mlps():
                 mlp.act = 'relu'
             model.config.activation = 'relu'
-        if not self.distil:
-            return {}
-        path = os.path.join(self.folder, 'dense.pt')
-        if not os.path.isfile(path):
-            raise BadInput(f'--distil={self.distil} learns from {path}, which is not there: make '
-                           'it with python train.py --phase=dense')
-        self.teacher = load(path).to(model.wte.weight.device)
-        return dict(teacher=checkpoint_hash(path))
 
     def parameters(self, model):
         return model.parameters()
 
     def loss(self, model, batch, progress):
         tap = []
-        logits = model(**batch[0], tap=tap)
-        task = cross_entropy(logits, batch[1])
+        task = model.loss(batch, tap)
         log = dict(task=task.detach(), zeros=zeros(tap))
-        if self.distil:
-            with torch.no_grad():
-                soft = self.teacher(**batch[0])
-            task = (1 - self.distil) * task + self.distil * 4 * divergence(logits / 2, soft / 2)
         ramp = min(1.0, progress / self.sparsity_ramp) if self.sparsity_ramp else 1.0
         alpha = self.sparsity_weight * ramp
         return task + alpha * penalty(model, tap, self.sparsity_loss), log
@@ -179,7 +158,7 @@ def as_mlp(linear):
 @dataclass
 class Distil:
     """MLPs of the same cost instead of attention projections, each distilled by itself."""
-    reads, writes = ('pruned', 'base'), 'attn'
+    reads, writes = ('halting', 'pruned', 'base'), 'attn'
     wanted = 'attn_projections'
     steps: int = 150
     lr: float = 1e-3

@@ -1069,20 +1069,22 @@ def test_distillation_by_hand(config, tmp_path):
     phase = sparsify.Sparsify(sparsity_weight=0.0, distil=0.7)
     phase.folder = tmp_path
     with pytest.raises(M.BadInput, match='--phase=dense'):
-        phase.prepare(m, None)
+        train.teacher_of(phase, 'cpu')
     teacher = tiny(**config).requires_grad_(True)
     with torch.no_grad():
         teacher.wte.weight *= 1.5
     M.save(teacher, tmp_path / 'dense.pt')
-    assert phase.prepare(m, None)['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
+    phase.teacher, notes = train.teacher_of(phase, 'cpu')
+    assert notes['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
+    phase.prepare(m, None)
     mine, soft = (model(idx).flatten(0, -2) for model in (m, teacher))
     p, q = ((t / 2).softmax(-1) for t in (soft, mine))
     apart = (p * (p / q).log()).sum(-1).mean()
     hard = -mine.log_softmax(-1)[torch.arange(len(mine)), targets.flatten()].mean()
-    loss, log = phase.loss(m, (dict(idx=idx), targets), 1.0)
-    close(loss, 0.3 * hard + 0.7 * 4 * apart)
-    # the label's own loss is what is shown
-    close(log['task'], hard)
+    batch = dict(idx=idx), targets
+    close(phase.loss(m, train.taught(batch, phase), 1.0)[0], 0.3 * hard + 0.7 * 4 * apart)
+    phase.teacher = None
+    close(phase.loss(m, train.taught(batch, phase), 1.0)[0], hard)
 
 @pytest.mark.parametrize('by', ['activation', 'output'])
 def test_pruning_keeps_the_neurons_that_do_most(by):
@@ -1428,8 +1430,9 @@ def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     assert {'pruned.pt', 'sparse.pt'} <= set(os.listdir(tmp_path))
     model, dense = (M.load(tmp_path / f'{name}.pt') for name in ('d2dmoe', 'dense'))
     assert model.config.n_hidden == 0.75 * dense.config.n_hidden
-    sparse = M.read_checkpoint(tmp_path / 'sparse.pt')
-    assert sparse['metrics']['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
+    pruned, sparse = (M.read_checkpoint(tmp_path / f'{name}.pt') for name in ('pruned', 'sparse'))
+    for taught in (pruned, sparse):
+        assert taught['metrics']['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
     assert sparse['parent'] == M.checkpoint_hash(tmp_path / 'pruned.pt')
     # the pruned FFN is counted as what it is
     share = 1 - 0.25 * dense.flops(16)['mlp'] / dense.flops(16)['total']
@@ -1464,6 +1467,27 @@ def test_exits_end_to_end(finished_bert, tmp_path):
     assert M.load(tmp_path / 'exits.pt').exits is not None
     halting = next(r for r in rows if r['method'] == 'halting')
     assert 0 < halting['flops'] < 1.02 and halting['rule'] is None
+
+def test_exits_and_halting_of_converted_models(finished_bert, tmp_path):
+    """Texts leave a model of experts early; or tokens that may halt get experts."""
+    exits, halting = tmp_path / 'exits', tmp_path / 'halting'
+    shutil.copytree(finished_bert[0], exits)
+    run('--phase=exits', '--exits=1', '--exits_steps=6', out=exits)
+    rows = run('--phase=eval', '--router_loss=norm', out=exits)['rows']
+    early = [r for r in rows if r['rule'] == 'confidence' and r['dtype'] == 'fp32']
+    assert [r['tau'] for r in early] == list(R.CONFIDENCE)
+    assert {r['router_loss'] for r in early} == {'norm'} and early[-1]['experts'] < 0.9
+    assert M.read_checkpoint(exits / 'exits.pt')['parent'] == M.checkpoint_hash(exits / 'd2dmoe.pt')
+    halting.mkdir()
+    for name in ('base.pt', 'dense.pt', 'data.pt'):
+        shutil.copy(finished_bert[0] / name, halting)
+    rows = run('--halting=1', '--halting_steps=6', '--router_loss=norm', out=halting)['rows']
+    m, parent = M.load(halting / 'd2dmoe.pt'), M.read_checkpoint(halting / 'sparse.pt')['parent']
+    assert m.halting.depth == 1 and parent == M.checkpoint_hash(halting / 'halting.pt')
+    row = next(r for r in rows if r['method'] == 'd2dmoe' and r['rule'] == 'dynk')
+    assert row['experts'] < 1 and row['router_loss'] == 'norm'
+    with pytest.raises(M.BadInput, match='halt'):
+        m.add_exits()
 
 def test_worse_than_a_dense_model_that_is_never_right():
     rows = [dict(metric='accuracy', accuracy=a, accuracy_pick=b) for a, b in ((0, 0.5), (0.1, 0.4))]
@@ -1952,7 +1976,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     for r in rows:
         assert r['madds'] <= r['flops'] * 1.001 and r['quality'] > 0
         assert r['delta'] == 0 or r['method'] != 'dense' or r['dtype'] == 'int8'
-    assert {'', 'topk', 'oracle dynk', 'on the pruned'} <= {
+    assert {'', 'topk', 'cumulative', 'oracle dynk', 'on the pruned'} <= {
         r['variant'] for r in rows if r['method'] == 'd2dmoe'}
     # a second run finds everything done
     monkeypatch.setattr(train, 'learn', None)

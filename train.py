@@ -7,10 +7,9 @@
     python train.py --phase=export --to=DIR --tau=0.1       a folder that transformers loads, too
     python train.py --preset=bert --data=emotion.tsv --attn_projections=qkvo
 
-    base --> dense [--> exits]                  the control: as many more steps, no penalty
-      +--> [prune] --> [attn] --> sparsify --> moefy --> router --> eval
-      +--> [masks]  pruned.pt attn.pt  sparse.pt  moe.pt  d2dmoe.pt  results.json
-      +--> [halting]
+    base --> dense                              the control: as many more steps, no penalty
+      +--> [prune] --> [halting] --> [attn] --> sparsify --> moefy --> router --> [exits] --> eval
+      +--> [masks]  pruned.pt  halting.pt  attn.pt  sparse.pt  moe.pt  d2dmoe.pt  results.json
 
 A phase is a class whose fields are its options, and it lives with its method:
 
@@ -187,8 +186,8 @@ class Dense:
     lr: float = Sparsify.lr
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
-PHASES = dict(base=Base, dense=Dense, prune=Prune, attn=Distil, sparsify=Sparsify, moefy=Moefy,
-              router=Route, masks=LearnMasks, exits=LearnExits, halting=LearnHalting)
+PHASES = dict(base=Base, dense=Dense, prune=Prune, halting=LearnHalting, attn=Distil,
+              sparsify=Sparsify, moefy=Moefy, router=Route, exits=LearnExits, masks=LearnMasks)
 # what each command takes, eval beside what made the checkpoints
 WHERE = 'phase', 'preset', 'out_dir', 'seeds'
 COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
@@ -652,7 +651,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
     torch.manual_seed(o.seed)
     model = (build(parent, source) if parent else phase.create(corpus.about)).to(device)
     batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
-    notes = phase.prepare(model, batches) or {}
+    phase.teacher, notes = teacher_of(phase, device)
+    notes |= phase.prepare(model, batches) or {}
     made_with = {option: getattr(o, option) for option in LOOP}
     # --init_from brought sizes of its own
     made_with |= {option: getattr(phase, f.name) for option, f in options.items()}
@@ -698,6 +698,23 @@ def schedule(step, steps):
     """The learning rate as a share of its peak: warm-up over 5 %, then a cosine to a tenth."""
     return min((step + 1) / max(1, steps // 20), 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
+def teacher_of(phase, device):
+    """dense.pt where --distil asks for its soft labels, else None; and what to remember of it."""
+    if not getattr(phase, 'distil', 0):
+        return None, {}
+    path = os.path.join(phase.folder, 'dense.pt')
+    refuse(not os.path.isfile(path), f'--distil={phase.distil} learns from {path}, which is not '
+           'there: make it with python train.py --phase=dense')
+    return load(path).to(device), dict(teacher=checkpoint_hash(path))
+
+@torch.no_grad()
+def taught(batch, phase):
+    """The batch; of a phase that has a teacher with targets as cross_entropy takes them."""
+    if not phase.teacher:
+        return batch
+    inputs, labels = batch
+    return inputs, (labels, phase.teacher(**inputs), phase.distil)
+
 def learn(name, phase, model, own, corpus, o, device, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer) writes a checkpoint."""
     model.train()
@@ -732,7 +749,7 @@ def learn(name, phase, model, own, corpus, o, device, keep):
                 batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name)
                 tokens += n_tokens(batch[0])
                 with autocast:
-                    loss, log = phase.loss(model, batch, (step + 1) / steps)
+                    loss, log = phase.loss(model, taught(batch, phase), (step + 1) / steps)
                 (loss / o.grad_accum).backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(loss + norm):                  # before it gets into the weights
