@@ -3,6 +3,7 @@
 T tokens · D n_embd · H hidden neurons · E experts · R router outputs
 """
 
+import concurrent.futures
 import copy
 import functools
 import itertools
@@ -102,7 +103,7 @@ TRITON, INTERPRET = kernel.triton_experts, kernel.triton and kernel.INTERPRET
 CPP = {path: functools.partial(kernel.cpp_experts, path=path) for path in ('few', 'many')}
 IMPLS = dict(reference=kernel.reference, dense=kernel.dense_masked, torch=kernel.expert_loop)
 IMPLS |= CPP if shutil.which('c++') else {}
-# of the subprocess that test_triton_in_the_interpreter starts
+# of the process that test_in_another_process starts
 IMPLS = dict(triton=TRITON) if INTERPRET else IMPLS
 
 @pytest.mark.parametrize('impl', IMPLS)
@@ -286,42 +287,44 @@ def test_without_a_compiler_torch_serves_with_one_warning(cxx, why, monkeypatch,
             check_experts(kernel.experts, *layer(20, [5, 6], 8))
     assert len(warnings) == 1 and kernel.library() is None
 
-def run_again(tests, **env):
-    """Runs some tests of this file in a process of its own -> what it prints."""
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-qxk', tests, '-p', 'no:cacheprovider',
-                           THIS], capture_output=True, text=True, cwd=HERE,
-                          env=os.environ | dict(OMP_NUM_THREADS='1') | env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+# ------------------------------------------------------------ in other processes, beside this one
 
 # of whole models a GPT and a BERT
 CPP_TESTS = ('(implementations and (few or many) or int8 or attention) and not gpu '
              'and not (models and not (config1 or config3))')
 
-def with_flags(flags):
+def compiled_with(flags):
     """A compiler whose last word they are: -march=native would undo them."""
-    return f'''sh -c 'exec c++ "$@" {flags}' c++'''
+    return dict(CXX=f'''sh -c 'exec c++ "$@" {flags}' c++''')
 
-@needs_compiler
-def test_cpp_under_the_address_sanitizer(tmp_path):
-    """Torch's memory comes from malloc, so the preloaded library watches every tensor."""
-    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True)
-    if not os.path.isfile(library.stdout.strip()):
-        pytest.skip('needs a compiler with libasan.so: GCC on Linux')
-    # every new byte is 255: floats are NaN, counts wild
-    said = run_again(
-        CPP_TESTS, XDG_CACHE_HOME=str(tmp_path), LD_PRELOAD=library.stdout.strip(),
-        CXX=with_flags('-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined'),
-        ASAN_OPTIONS='detect_leaks=0,verbosity=1,max_malloc_fill_size=1000000000,'
-                     'malloc_fill_byte=255')
-    assert ' passed' in said and 'AddressSanitizer Init done' in said
+CXX = shutil.which('c++')
+LIBASAN = CXX and subprocess.check_output([CXX, '-print-file-name=libasan.so'], text=True).strip()
+# name: tests, environment, what has to be said, whether this machine can
+AGAIN = {flags: (CPP_TESTS, compiled_with(flags), ' passed', CXX and os.uname().machine == 'x86_64')
+         for flags in ('-mno-avx512f', '-mno-avx512f -mno-avxvnni', '-mno-avx')}
+AGAIN['interpreter'] = ('implementations or interpreted_tiles', dict(TRITON_INTERPRET='1'),
+                        '7 passed', kernel.triton)
+# torch's memory comes from malloc, so the preloaded library watches every tensor; every new byte is
+# 255: floats are NaN, counts wild
+AGAIN['sanitizer'] = CPP_TESTS, compiled_with(
+    '-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined') | dict(
+    LD_PRELOAD=LIBASAN, ASAN_OPTIONS='detect_leaks=0,verbosity=1,max_malloc_fill_size=1000000000,'
+    'malloc_fill_byte=255'), 'AddressSanitizer Init done', LIBASAN and os.path.isfile(LIBASAN)
 
-@needs_compiler
-@pytest.mark.skipif(os.uname().machine != 'x86_64', reason='needs an x86 CPU')
-@pytest.mark.parametrize('flags', ['-mno-avx512f', '-mno-avx512f -mno-avxvnni', '-mno-avx'])
-def test_cpp_for_lesser_cpus(flags, tmp_path):
-    said = run_again(CPP_TESTS, CXX=with_flags(flags), XDG_CACHE_HOME=str(tmp_path))
-    assert ' passed' in said and 'skipped' not in said
+@pytest.fixture(scope='session', autouse=True)
+def again(request, tmp_path_factory):
+    """{name: what will be printed} of those chosen, one after the other from the first test on."""
+    def job(tests, env, *_):
+        env = os.environ | env | dict(OMP_NUM_THREADS='1',
+                                      XDG_CACHE_HOME=str(tmp_path_factory.mktemp('cache')))
+        return subprocess.run([sys.executable, '-m', 'pytest', '-qxk', tests, '-p',
+                               'no:cacheprovider', THIS], capture_output=True, text=True, cwd=HERE,
+                              env=env)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    chosen = [item.callspec.params['name'] for item in request.session.items
+              if item.name.startswith('test_in_another_process')]
+    yield {name: pool.submit(job, *AGAIN[name]) for name in chosen if AGAIN[name][-1]}
+    pool.shutdown(cancel_futures=True)
 
 def test_the_reference_serves_when_gradients_are_asked_for():
     x, mask, bundle = layer(7, [5, 3, 4], 6)
@@ -407,11 +410,6 @@ if INTERPRET:
             z = F.linear(x, bundle.w_in, bundle.b_in)
             want = kernel.masked(kernel.ACTIVATIONS[act](z.double()), mask, bundle.offsets)
             assert near(kernel.masked_activation(z, mask, bundle.offsets, act), want)
-
-@needs_triton
-def test_triton_in_the_interpreter():
-    said = run_again('implementations or interpreted_tiles', TRITON_INTERPRET='1')
-    assert '7 passed' in said
 
 TARGETS = {'cuda:80': ('cuda', 80, 32), 'cuda:90': ('cuda', 90, 32), 'hip': ('hip', 'gfx942', 64)}
 # 99 KB of shared memory because sm_86 and sm_89 use the tiles of sm_80
@@ -2039,3 +2037,13 @@ def test_libraries_that_are_missing(finished, tmp_path, monkeypatch):
     assert 'pip install matplotlib' in bench.plot_rows(rows, path) and not path.exists()
     with pytest.raises(M.BadInput, match='pip install transformers'):
         M.load('gpt2')
+
+@pytest.mark.parametrize('name', AGAIN)
+def test_in_another_process(name, again):
+    """The last tests: they have been running since the first."""
+    if name not in again:
+        pytest.skip('needs triton, or a C++ compiler on x86, with libasan.so')
+    done = again[name].result()
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and ' passed' in said and AGAIN[name][2] in said, said
+    assert 'skipped' not in said
