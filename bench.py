@@ -581,6 +581,27 @@ def plot_layers(rows, path):
     share.set(xlabel='share of neurons run', ylabel='FLOPs, router included (1 = dense)')
     save_picture(axes, path, xlabel='share of neurons run', ylabel='time (1 = dense)')
 
+def plot_load(words, shares, path):
+    """A text; the darker a token stands, the more it ran: shares in 0..1. Returns what to say."""
+    try:
+        axes = new_axes()
+    except BadInput as error:
+        return f'; {error}'
+    line, column = 0, 0
+    for word, share in zip(words, shares):
+        for letter in word:
+            axes.fill([column, column + 1, column + 1, column], [line, line, line - 1, line - 1],
+                      color=str(1 - 0.7 * share), lw=0)
+            axes.text(column + 0.5, line - 0.5, letter.strip(), fontsize=7, family='monospace',
+                      ha='center', va='center')
+            column += 1
+            if letter == '\n' or column == 80:
+                line, column = line - 1, 0
+    axes.set(xlim=(0, 80), ylim=(line - 1, 0), aspect=2)
+    axes.set_axis_off()
+    axes.figure.savefig(path, dpi=150, bbox_inches='tight')
+    return f'; {path} shows it'
+
 def plot_methods(rows, path):
     """Every variant within 60 % of the FLOPs; quality against FLOPs and against measured time: the
     mean over seeds of each method's own rule, half of the spread as bars."""

@@ -1678,6 +1678,7 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     # each byte has its colour, more than ten where one was no text; one of them ran most
     assert 10 <= load.count('\x1b[48;5;') <= block and '[48;5;160m' in load
     assert 'def f' in bare and 'grey ran nothing' in bare
+    assert 'load.png shows it' in bare and (out / 'load.png').stat().st_size > 1000
     run('--phase=sample', '--n_tokens=5', '--tau=0.2', '--rule=topk', out=out)
     assert 'router norm, rule topk, tau 0.2' in capsys.readouterr().out
     refused('share', '--phase=sample', '--router_loss=share', out=out)

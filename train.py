@@ -845,20 +845,23 @@ SHADES = 235, 22, 28, 64, 136, 166, 160     # backgrounds of a terminal, from gr
 
 @torch.inference_mode()
 def shaded(model, text, path):
-    """The end of a text, each token on a background that says how much of the FFNs it ran."""
+    """The end of a text, each token on a background that says how much of the FFNs it ran; and as a
+    picture, load.png."""
     refuse(not model.config.rule, f'--show_load: {path} is dense; every token runs everything')
     tools = tokenizer(model.about, True)
     ids = tools.encode([text])[0][-model.config.block_size:]
     model(torch.tensor([ids], device=model.wte.weight.device), tap=(masks := Masks()))
     sizes = [mlp.offsets.diff().float() / mlp.offsets[-1] for mlp in model.mlps()]
     ran = torch.stack([mask.float() @ size for mask, size in zip(masks, sizes)]).mean(0)     # (T)
-    levels = (ran / ran.max().clamp_min(1e-9) * (len(SHADES) - 1)).round().int().tolist()
-    words = [f'\x1b[48;5;{SHADES[level]}m{tools.decode([i])}\x1b[0m'
-             for level, i in zip(levels, ids)]
+    shares, words = ran / ran.max().clamp_min(1e-9), [tools.decode([i]) for i in ids]
+    levels = (shares * (len(SHADES) - 1)).round().int().tolist()
+    shown = ''.join(f'\x1b[48;5;{SHADES[level]}m{word}\x1b[0m'
+                    for level, word in zip(levels, words))
     # a line ends without its colour
-    shown = ''.join(words).replace('\n\x1b[0m', '⏎\x1b[0m\n')
-    return (f'{shown}\n\ngrey ran nothing, red {ran.max():.1%} of the FFNs, '
-            f'the mean {ran.mean():.1%}')
+    shown = shown.replace('\n\x1b[0m', '⏎\x1b[0m\n')
+    picture = os.path.join(os.path.dirname(path), 'load.png')
+    return (f'{shown}\n\ngrey ran nothing, red {ran.max():.1%} of the FFNs, the mean '
+            f'{ran.mean():.1%}' + bench.plot_load(words, shares.tolist(), picture))
 
 def run_seeds(typed):
     """Every phase once a seed, each in a folder of its own, then mean and spread in one table."""
