@@ -518,33 +518,35 @@ def save_picture(axes, path, **about):
     axes.figure.savefig(path, dpi=150, bbox_inches='tight')
 
 def plot_rows(rows, path):
-    """What every MLP of the first router runs, by tau; how much its tokens run; loss or accuracy
+    """What every MLP of the first two routers runs, by tau; how much tokens run; loss or accuracy
     against FLOPs, a line for each router and rule. Returns what to say."""
     with contextlib.suppress(OSError):      # never a stale one
         os.remove(path)
     try:
-        heat, spread, axes = new_axes(3)
+        *heats, spread, axes = new_axes(4)
     except BadInput as error:
         return f'; {error}'
-    heat.set_axis_off()
-    spread.set_axis_off()
-    for curve in [c for c in curves(rows).values() if c[0]['router_loss']][:1]:
+    for other in (*heats, spread):
+        other.set_axis_off()
+    own = [c for c in curves(rows).values() if c[0]['router_loss'] and c[0]['rule'] != 'topk']
+    for heat, curve in zip(heats, own):
         heat.set_axis_on()
         shares = np.array([r['experts_per_layer'] for r in curve])           # (tau, MLP)
         heat.imshow(shares, cmap='Greys', vmin=0, vmax=1, aspect='auto')
         for (i, j), share in np.ndenumerate(shares):
             heat.text(j, i, f'{share:.0%}', ha='center', va='center', fontsize=7,
                       color='white' if share > 0.5 else 'black')
-        for i, r in enumerate(r for r in curve if sum(r.get('experts_per_token', ()))):
-            spread.set_axis_on()
-            counts = np.array(r['experts_per_token'])
-            spread.stairs(100 * counts / counts.sum(), np.linspace(0, 100, len(counts) + 1),
-                          color=str(0.8 * i / len(curve)), label=f'{r["rule"]} {setting(r)}')
-            spread.set(xlabel='experts that a token runs, all MLPs (%)', ylabel='tokens (%)')
-            spread.legend(frameon=False, fontsize=7)
         heat.set(xlabel=f'MLP: neurons run by {label(curve[0], rows)} {curve[0]["router_loss"]}',
                  ylabel=curve[0]['rule'], xticks=range(shares.shape[1]),
                  yticks=range(len(curve)), yticklabels=[setting(r) for r in curve])
+    # of the last one
+    for i, r in enumerate(r for curve in own[:2][-1:] for r in curve if r.get('experts_per_token')):
+        spread.set_axis_on()
+        counts = np.array(r['experts_per_token'])
+        spread.stairs(100 * counts / max(1, counts.sum()), np.linspace(0, 100, len(counts) + 1),
+                      color=str(0.1 * i), label=f'{r["rule"]} {setting(r)}')
+        spread.set(xlabel='experts that a token runs, all MLPs (%)', ylabel='tokens (%)')
+        spread.legend(frameon=False, fontsize=7)
 
     def percent(r):
         return 100 * change(r, rows)
