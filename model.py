@@ -215,14 +215,17 @@ class Transformer(nn.Module):
             self.mlm = nn.ModuleDict(dict(dense=Linear(c.n_embd, c.n_embd), ln=norm))
             self.mlm_bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.classifier = Linear(c.n_embd, c.n_classes) if c.head == 'cls' else None
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
         # GPT-2: residual branches start small
         for name, p in self.named_parameters():
             if name.endswith(('attn.o.weight', 'mlp.w_out')):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
-        if c.n_experts:
-            for mlp, n in zip(self.mlps(), c.n_experts):
-                mlp.offsets = torch.zeros(n + 1, dtype=torch.int32)
+        for mlp, n in zip(self.mlps(), c.n_experts):
+            mlp.offsets = torch.zeros(n + 1, dtype=torch.int32)
         if c.router_loss:
             self.add_routers(c.router_loss, c.router_width)
         self.exits = self.halting = None
@@ -232,13 +235,6 @@ class Transformer(nn.Module):
             self.add_halting()
         if c.rule:
             self.set_rule(c.rule, c.taus or c.tau, c.floor)
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def mlps(self):
         """Every MLP in the order in which a forward pass taps them: replaced projections, FFN."""
@@ -455,10 +451,10 @@ class Transformer(nn.Module):
     def halt(self, x, layout, tap=None):
         """The blocks on tokens (T, D) of which each halts when it has been read enough; what has
         halted is no key for the others any more. -> (T, D)"""
-        place, alive, scores = torch.arange(len(x), device=x.device), [], []
+        place, scores = torch.arange(len(x), device=x.device), []
         total, out, left_over = x.new_zeros(len(x)), torch.zeros_like(x), 0
         for block in self.blocks:
-            alive.append(census(layout))
+            census(layout, tap)
             x = block(x, layout, None, tap)
             h, missing = self.halting(x), 1 - total[place]
             ends = (h >= missing - 0.01) | (block is self.blocks[-1])
@@ -473,17 +469,15 @@ class Transformer(nn.Module):
                 x, layout, place = x[~ends], layout.without(ends), place[~ends]
         if torch.is_grad_enabled():
             self.halting.scores, self.halting.missing = scores, left_over
-        if isinstance(tap, Masks):
-            tap.alive = alive
         return out
 
     def leave_early(self, x, layout, tap=None, only=False):
         """The logits of texts, each from the first block after which its exit is sure of them."""
         out, said = x.new_empty(layout.B, self.config.n_classes), []
-        here, alive = torch.arange(layout.B, device=x.device), []
+        here = torch.arange(layout.B, device=x.device)
         for i, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
-            alive.append(census(layout))
+            census(layout, tap)
             rows = layout.head_rows()
             x = block(x, layout, None, tap, rows if last and only else None)
             if last:
@@ -500,8 +494,6 @@ class Transformer(nn.Module):
                 gone = sure.repeat_interleave(layout.starts.diff().to(x.device))
                 x, layout, here = x[~gone], layout.without(gone), here[~sure]
                 said = [logits[~sure] for logits in said]
-        if isinstance(tap, Masks):
-            tap.alive = alive
         return out
 
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None, only=False):
@@ -619,10 +611,12 @@ def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
 
-def census(layout):
-    """Of what enters a block: tokens, texts, and pairs of tokens that see each other."""
-    lengths = layout.starts.diff().double()
-    return lengths.sum().item(), len(lengths), lengths.square().sum().item()
+def census(layout, tap):
+    """Into a Masks, of what enters a block: tokens, texts, and pairs that see each other."""
+    if isinstance(tap, Masks):
+        lengths = layout.starts.diff().double()
+        here = lengths.sum().item(), len(lengths), lengths.square().sum().item()
+        tap.alive = [*tap.alive, here]
 
 def cross_entropy(logits, targets):
     """logits (..., V), targets labels (...) or (labels, a teacher's logits, its share) -> scalar.
@@ -637,8 +631,7 @@ def cross_entropy(logits, targets):
 
 def n_tokens(inputs):
     """Tokens that are not padding in what encode takes."""
-    return int(inputs['attention_mask'].sum()) if 'attention_mask' in inputs \
-        else inputs['idx'].numel()
+    return int(inputs.get('attention_mask', torch.ones_like(inputs['idx'])).sum())
 
 def pad(sequences, device='cpu'):
     """Lists of tokens -> what encode takes, (B, L) each: the padding is never run."""
@@ -937,16 +930,14 @@ def export(model, folder):
     d2dmoe.pt, which load(folder) reads, beside it; with replaced projections or FFNs of different
     sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
     check_fp32(model, folder)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
-            raise BadInput(f'{folder}: is not an empty folder; give another')
-        sizes = {len(mlp.w_in) for mlp in model.ffns()}
-        if not model.config.projections and sizes == {model.config.n_hidden}:
-            export_plain(model, folder)
-    except OSError as error:
-        raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
-    save(model, os.path.join(folder, 'd2dmoe.pt'))
+    path = os.path.join(folder, 'd2dmoe.pt')
+    check_writable(path, make_folder=True)
+    if os.listdir(folder):
+        raise BadInput(f'{folder}: is not an empty folder; give another')
+    sizes = {len(mlp.w_in) for mlp in model.ffns()}
+    if not model.config.projections and sizes == {model.config.n_hidden}:
+        export_plain(model, folder)
+    save(model, path)
 
 def export_plain(model, folder):
     """The folder's part for transformers: config.json, model.safetensors, the tokenizer."""
@@ -964,9 +955,7 @@ def export_plain(model, folder):
     for name, (ours, turned) in published(model).items():
         whole = torch.cat([own[our] for our in ours])
         tensors[name.removeprefix(prefix)] = (whole.T if turned else whole).contiguous()
-    theirs = kind(j) if c.head or c.pooler else kind(j, add_pooling_layer=False)
-    theirs.load_state_dict(tensors, strict=False)
-    theirs.save_pretrained(folder)
+    kind(j).save_pretrained(folder, state_dict=tensors)
     if model.about.get('tokenizer') == 'wordpiece':
         import tokenizers
         # d2dmoe.pt keeps it, too: what it was made from may be elsewhere later, or gone

@@ -48,7 +48,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -160,10 +160,9 @@ class Base:
                f'{have} {c.block_size} positions; use --block_size={c.block_size}')
         for name in ('n_layer', 'n_head', 'n_embd', 'activation'):
             setattr(self, name, getattr(c, name))
-        dense = Config(dropout=self.dropout)
-        for name in ('n_experts', 'n_outputs', 'router_loss', 'router_width', 'rule', 'tau',
-                     'floor', 'dropout', 'taus', 'calibration', 'exits', 'halting'):
-            setattr(c, name, getattr(dense, name))
+        c = replace(c, dropout=self.dropout, n_experts=[], n_outputs=[], router_loss='', rule='',
+                    router_width=0, tau=0.0, floor=0.0, taus=[], calibration={}, exits=False,
+                    halting=False)
         state = {k: v[[0, -1]] if k.endswith('.offsets') else v
                  for k, v in model.state_dict().items()
                  if '.router.' not in k and not k.startswith(('exits.', 'halting.'))}
@@ -189,13 +188,11 @@ class Dense:
 PHASES = dict(base=Base, dense=Dense, prune=Prune, halting=LearnHalting, attn=Distil,
               sparsify=Sparsify, moefy=Moefy, router=Route, exits=LearnExits, masks=LearnMasks)
 # what each command takes, eval beside what made the checkpoints
-WHERE = 'phase', 'preset', 'out_dir', 'seeds'
-COMMANDS = dict(eval=(*WHERE, 'device', 'rule', 'tau', 'floor', 'eval_batches', 'router_loss',
-                      'dtype', 'batch_size', 'budget', 'max_loss'),
-                sample=(*WHERE, 'device', 'rule', 'tau', 'floor', 'budget', 'max_loss', 'prompt',
-                        'n_tokens', 'temperature', 'top_k', 'router_loss', 'seed', 'dtype',
-                        'show_load'),
-                export=(*WHERE, 'rule', 'tau', 'floor', 'budget', 'max_loss', 'to', 'router_loss'))
+EACH = ('phase', 'preset', 'out_dir', 'seeds', 'router_loss', 'rule', 'tau', 'floor', 'budget',
+        'max_loss')
+COMMANDS = dict(eval=(*EACH, 'device', 'eval_batches', 'dtype', 'batch_size'),
+                sample=(*EACH, 'device', 'prompt', 'n_tokens', 'temperature', 'top_k', 'seed',
+                        'dtype', 'show_load'), export=(*EACH, 'to'))
 LOOP = tuple(f.name for f in fields(Loop))
 # what an annotation may ask for, beside a dict of choices
 RANGES = {'0,1,2': ('different whole numbers, a comma between them',
@@ -321,8 +318,9 @@ def check(typed, explicit):
     for kind in o.router_loss.split(','):
         refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
                f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
-    refuse(o.budget and o.budget <= least_flops(o), f'--budget={o.budget}: attention and head '
-           f'alone cost {least_flops(o):.1%} of the FLOPs; ask for more')
+    least = least_flops(o) if o.budget else 0.0
+    refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
+           f'{least:.1%} of the FLOPs; ask for more')
     refuse(o.phase == 'export' and not o.to,
            '--phase=export needs --to=DIR, a folder that is not there yet')
 
@@ -863,20 +861,16 @@ def shaded(model, text, path):
     return (f'{shown}\n\ngrey ran nothing, red {ran.max():.1%} of the FFNs, the mean '
             f'{ran.mean():.1%}' + bench.plot_load(words, shares.tolist(), picture))
 
-def run_seeds(typed):
-    """Every phase once a seed, each in a folder of its own, then mean and spread in one table."""
-    o, results = with_defaults(typed), []
-    for seed in map(int, o.seeds.split(',')):
-        print(f'---- seed {seed}', flush=True)
-        folder = os.path.join(o.out_dir, f's{seed}')
-        results.append(run(typed | dict(seeds='', seed=seed, out_dir=folder)))
-    if o.phase in ('all', 'eval'):
-        bench.print_seeds(results, os.path.join(o.out_dir, 'seeds.json'))
-
 def run(typed):
-    o = with_defaults(typed)
-    if o.seeds:
-        return run_seeds(typed)
+    o, results = with_defaults(typed), []
+    if o.seeds:                             # each in a folder of its own, then one table
+        for seed in map(int, o.seeds.split(',')):
+            print(f'---- seed {seed}', flush=True)
+            folder = os.path.join(o.out_dir, f's{seed}')
+            results.append(run(typed | dict(seeds='', seed=seed, out_dir=folder)))
+        if o.phase in ('all', 'eval'):
+            bench.print_seeds(results, os.path.join(o.out_dir, 'seeds.json'))
+        return
     if o.phase == 'sample':
         return sample(typed)
     if o.phase == 'export':
@@ -884,7 +878,7 @@ def run(typed):
         export(model, o.to)
         return print(f'{o.to}: load() reads {path} from it, with its routing; transformers a '
                      'dense model, unless projections are MLPs')
-    for name in PHASES if o.phase == 'all' else [o.phase] if o.phase in PHASES else []:
+    for name in (name for name in PHASES if o.phase in ('all', name)):
         each, values = getattr(PHASES[name], 'each', None), [None]
         if each:                            # untyped: what was asked for once, and what is there
             known = [data['asked'] or data['options'][each]
