@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import bench
@@ -146,7 +144,7 @@ def test_cpp_with_threads_strides_and_in_a_fork(T):
 
 def whole(x):
     """(T, K) -> what int8 makes of it, in fp64: whole numbers and the scale of each row."""
-    scale = x.abs().amax(1, keepdim=True) / 127
+    scale = F.pad(x.abs(), (0, 1)).amax(1, keepdim=True) / 127
     return torch.where(scale > 1e-30, x / scale, 0).round().double(), scale.double()
 
 def int8_slow(x, w, b):
@@ -187,29 +185,23 @@ def int8_experts_slow(x, mask, bundle):
     return q @ n * scale + b_out, halfway @ n.abs() * scale
 
 @needs_compiler
-def test_int8_experts_without_a_neuron_are_their_bias():
-    x, mask, b = layer(17, [0, 0], 20, 1)
-    packed = b._replace(w_in=kernel.int8(b.w_in, b.b_in), b_in=None, b_out=None,
-                        w_out=kernel.int8(b.w_out, b.b_out, by_column=True))
-    assert torch.equal(kernel.experts(x, mask, packed), b.b_out.expand(17, 20))
-
-@needs_compiler
 @pytest.mark.parametrize('act', ACTS)
 @pytest.mark.parametrize('sizes, D', [
-    ([8] * 5, 64), ([24] * 9, 20), ([8, 0, 200, 24, 16, 40], 7), ([24] * 25 + [8, 0, 16], 204)])
+    ([8] * 5, 64), ([24] * 9, 20), ([8, 0, 200, 24, 16, 40], 7), ([24] * 25 + [8, 0, 16], 204),
+    ([0, 0], 20)])
 def test_int8_experts(sizes, D, act, poisoned):
     for T, rho in itertools.product((0, 1, 7, 16, 17, 70), (0, 0.1, 0.5, 1.1)):
         x, mask, b = layer(T, sizes, D, rho, act=act)
         packed = b._replace(w_in=kernel.int8(b.w_in, b.b_in), b_in=None, b_out=None,
                             w_out=kernel.int8(b.w_out, b.b_out, by_column=True))
-        raw = in_int8(b)[0]
         want, slack = int8_experts_slow(x, mask, b)
         got = kernel.experts(x, mask, packed)
-        for y in (got, kernel.experts(x, mask, raw)):
+        raw = kernel.experts(x, mask, in_int8(b)[0]) if sum(sizes) else got
+        for y in (got, raw):
             assert y.shape == x.shape
             assert ((y - want).abs() <= slack + 1e-5 * want.abs() + 1e-5).all()
         true = fp64(x, mask, b)
-        assert T == 0 or (got - true).norm() < 0.03 * true.norm()
+        assert T == 0 or (got - true).norm() <= 0.03 * true.norm()
         # the same bits by any number of threads, alone or among others
         for n in (1, 2, 3):
             torch.set_num_threads(n)
@@ -434,30 +426,26 @@ def launches(target, monkeypatch):
     monkeypatch.setattr(JITFunction, 'run', warmup)
     return found
 
-def stack_and_spills(binary, target):
+def stack_and_spills(binary, target, path):
     """Bytes of stack, and number of spilled registers where the assembly says."""
     report = binary.asm.get('amdgcn')
     if target != 'hip':
-        with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-            file.write(binary.asm['cubin'])
-            file.flush()
-            dump = [kernel.triton.knobs.nvidia.cuobjdump.path, '-res-usage', file.name]
-            report = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        path.write_bytes(binary.asm['cubin'])
+        dump = [kernel.triton.knobs.nvidia.cuobjdump.path, '-res-usage', path]
+        report = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     found = re.findall(r'(?:STACK|_spill_count|private_segment_fixed_size): *(\d+)', report)
     return [int(n) for n in found]
 
 @needs_triton
 @pytest.mark.parametrize('target', TARGETS)
-def test_compiles_for_gpus(target, monkeypatch):
+def test_compiles_for_gpus(target, monkeypatch, tmp_path):
     """Every shipped tile, and the kernels for few tokens: no stack, no spills, tensor cores."""
-    def refuse(*args, **kwargs):
-        raise AssertionError('a tensor was read on the host')
-
     found = launches(target, monkeypatch)
     cases = [layer(T, [24] * 24, 64, dtype=bf16) for T in (1, 2, 17, 50, 4096, 5000, 70001)]
     with monkeypatch.context() as patch:
+        # no tensor is read on the host
         for name in ('item', 'tolist', 'nonzero', 'cpu', 'numpy', '__bool__', '__index__'):
-            patch.setattr(torch.Tensor, name, refuse)
+            patch.setattr(torch.Tensor, name, None)
         for args in cases:
             TRITON(*args, rho=0.25)
     # the tile grows with the tokens, and no number of tokens needs a kernel of its own
@@ -480,7 +468,7 @@ def test_compiles_for_gpus(target, monkeypatch):
         'decode_kernel', 'dispatch_kernel', 'expert_kernel', 'mask_kernel'}
     for name, options, binary in {binary.hash: (name, options, binary)
                                   for name, options, binary in found}.values():
-        used = stack_and_spills(binary, target)
+        used = stack_and_spills(binary, target, tmp_path / 'kernel.cubin')
         assert used and not any(used), (name, options, used)
         assert binary.metadata.shared <= SHARED_LIMIT[target], (name, options)
         if name == 'expert_kernel':
@@ -613,26 +601,21 @@ def slow_mlp(mlp, x):
     return mlp.b_out + slow_sum(mlp, x, neurons)
 
 def slow_model(m, idx, keep=None):
-    """A GPT on one sequence (L), token by token and head by head, in fp64: {place: logits} of the
-    tokens that are kept."""
-    m = copy.deepcopy(m).double()
-    d = m.config.n_embd // m.config.n_head
+    """A GPT on one sequence (L), in fp64: {place: logits} of the tokens that are kept."""
+    m, kept = copy.deepcopy(m).double(), [t for t in range(len(idx)) if keep is None or keep[t]]
 
     def project(p, x):
-        return slow_mlp(p, x) if isinstance(p, M.MLP) else p.weight @ x + p.bias
+        return torch.stack([slow_mlp(p, t) if isinstance(p, M.MLP) else p.weight @ t + p.bias
+                            for t in x])
 
-    x = {t: m.wte.weight[i] + m.wpe.weight[t] for t, i in enumerate(idx) if keep is None or keep[t]}
+    x = torch.stack([m.wte.weight[idx[t]] + m.wpe.weight[t] for t in kept])
     for b in m.blocks:
-        h = {t: b.ln_1(x[t]) for t in x}
-        q, k, v = ({t: project(getattr(b.attn, name), h[t]).split(d) for t in h} for name in 'qkv')
-        for t in x:
-            sees, y = [s for s in x if s <= t], []
-            for head in range(m.config.n_head):
-                w = torch.stack([q[t][head] @ k[s][head] / d ** 0.5 for s in sees]).exp()
-                y.append(sum(w[i] * v[s][head] for i, s in enumerate(sees)) / w.sum())
-            x[t] = x[t] + project(b.attn.o, torch.cat(y))
-            x[t] = x[t] + slow_mlp(b.mlp, b.ln_2(x[t]))
-    return {t: m.wte.weight @ m.ln_f(x[t]) for t in x}
+        h = b.ln_1(x)
+        q, k, v = (project(getattr(b.attn, name), h).view(len(x), m.config.n_head, -1)
+                   for name in 'qkv')
+        x = x + project(b.attn.o, sdpa(q, k, v, True).flatten(1))
+        x = x + project(b.mlp, b.ln_2(x))
+    return dict(zip(kept, m.ln_f(x) @ m.wte.weight.T))
 
 def check(m, idx, keep=None):
     """The logits are the slow model's, whoever taps; padding is zero, never run."""
@@ -649,24 +632,25 @@ def check(m, idx, keep=None):
             close(logits[b, t], want, 1e-4)
 
 def slow_router(kind, mlp, x):
-    """The norms of what each output adds for tokens x (T, D), the router's scores, its loss."""
+    """Of tokens x (T, D) the norms of what each output adds and its sum of activations, the
+    router's scores, its loss."""
     owners, mlp, x = mlp.router.owners, copy.deepcopy(mlp).double(), x.double()
     own = [slow_neurons(mlp, [r]) for r in range(5 if owners is None else 3)]
     norms = torch.stack([torch.stack([slow_sum(mlp, t, n).norm() for n in own]) for t in x])
     net, scale = mlp.router.net, norms.square().mean().sqrt()
+    a = kernel.ACTIVATIONS[mlp.act](x @ mlp.w_in.T + mlp.b_in).clamp_min(0)
+    sums = torch.stack([a[:, n].sum(1) for n in own], 1)
     if kind == 'norm':
         score = torch.stack([(net.w2 @ (net.w1 @ t).clamp_min(0)).abs() for t in x])
-        return norms, score, ((score - norms / scale) ** 2).mean()
+        return norms, sums, score, ((score - norms / scale) ** 2).mean()
     if kind == 'active':
         z = torch.stack([net.w2 @ (net.w1 @ t + net.b1).clamp_min(0) + net.b2 for t in x])
         target = (norms >= 0.05 * norms.amax(1, True)).double()
     else:
         z = torch.stack([net.w2 @ torch.tanh(net.w1 @ t / t.norm()) for t in x])
-        a = kernel.ACTIVATIONS[mlp.act](x @ mlp.w_in.T + mlp.b_in).clamp_min(0)
-        target = torch.stack([a[:, n].sum(1) for n in own], 1)
-        target /= target.max()
+        target = sums / sums.max()
     p = 1 / (1 + torch.exp(-z))
-    return norms, p, -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    return norms, sums, p, -(target * p.log() + (1 - target) * (1 - p).log()).mean()
 
 # ------------------------------------------------------------------------------ rules and routers
 
@@ -700,16 +684,14 @@ def test_routers(kind, rule, falls_to, owners):
     unseen = [R.Oracle(mlp, owners, 0) for mlp in m.mlps()]
     loss, want = phase.loss(m, batch, 1.0)[0], 0
     for mlp, t, oracle in zip(m.mlps(), tap, unseen):
-        norms, score, part = slow_router(kind, mlp, t['x'])
+        norms, sums, score, part = slow_router(kind, mlp, t['x'])
         scale, want = norms.square().mean().sqrt(), want + part / 2
         close(mlp.router.net(t['x']), score)
         close(mlp.router.scale, scale, 1e-4)
         # in units of what the router before it has seen
         close(oracle(t['x']), norms, 1e-4)
         close(R.Oracle(mlp, owners, 0)(t['x']), norms / scale, 1e-4)
-        total = [t['a'][:, slow_neurons(mlp, [r])].clamp_min(0).sum(1)
-                 for r in range(norms.shape[1])]
-        close(R.Truth(mlp, owners, 0)(t['x']), torch.stack(total, 1), 1e-4)
+        close(R.Truth(mlp, owners, 0)(t['x']), sums, 1e-4)
     close(loss, want, 1e-4)
     if kind == 'share':                     # starts at the cluster centres
         rows = sum(F.normalize(mlp.w_in[i], dim=0) for i in slow_neurons(mlp, [1]))
@@ -742,14 +724,10 @@ def test_a_budget_takes_the_best_of_all_choices():
     taus = m.budget(max_loss=0.05).config.taus
     assert [mlp.router.tau for mlp in m.mlps()] == taus and m.config.floor == 0.02
     assert of([next(e for e in menu if e[0] == t) for menu, t in zip(menus, taus)])[1] <= 0.05
-    with pytest.raises(M.BadInput, match='as close as'):
-        m.budget(flops=0.1)
-    with pytest.raises(M.BadInput, match='none yet'):
-        tiny().budget(flops=0.9)
-    with pytest.raises(M.BadInput, match='nothing was measured'):
-        routed(tiny()).budget(flops=0.9)
-    with pytest.raises(ValueError, match='2 values of tau for 3 MLPs'):
-        m.set_rule('dynk', [0.1, 0.2])
+    refused('as close as', job=m.budget, flops=0.1)
+    refused('none yet', job=tiny().budget, flops=0.9)
+    refused('nothing was measured', job=routed(tiny()).budget, flops=0.9)
+    refused('2 values of tau for 3 MLPs', 'dynk', [0.1, 0.2], job=m.set_rule, error=ValueError)
 
 def test_what_budgets_choose_from():
     m, batch = routed(tiny(), kind='active'), (dict(idx=tokens(4, 12)), tokens(4, 12))
@@ -800,7 +778,6 @@ def test_coactivation_cuts_least_weight(seed):
     best = min(map(cut, ways))
     found = [moefy.coactivation(None, 2, seed, fires.byte()) for seed in range(5)]
     assert min(map(cut, found)) == best and best < sum(map(cut, ways)) / len(ways)
-    assert all(f.bincount().tolist() == [4, 4] for f in found)
     # and k-means on the rows orders all ways as the cut does
     order = sorted(ways, key=lambda way: slow_objective(fires.float().T, way))
     assert [cut(way) for way in order] == sorted(map(cut, ways))
@@ -834,20 +811,21 @@ def test_moefy_sorts_the_neurons_and_changes_nothing(split, options, n_experts):
     old, phase, done = tiny(n_hidden=43, projections='qv'), moefy.Moefy(split=split, **options), []
     for phase.seed in (1, 0, 0):
         m = copy.deepcopy(old)
-        phase.prepare(m, ((dict(idx=tokens(90, 12)),) for _ in itertools.count()))
+        batches = ((dict(idx=tokens(90, 12)),) for _ in itertools.count())
+        phase.prepare(m, batches)
         done.append(m.state_dict())
     assert same(done[1], done[2]) and (split != 'random' or not same(done[0], done[1]))
     assert m.config.n_experts == n_experts
     close(m(tokens(2, 12)), old(tokens(2, 12)))
-    for mlp, was, n in zip(m.mlps(), old.mlps(), n_experts):
+    for mlp, was, n, fires in zip(m.mlps(), old.mlps(), n_experts, moefy.watch(old, batches)):
         assert mlp.offsets.diff().tolist() == moefy.expert_sizes(len(mlp.w_in), n).tolist()
-        if split == 'kmeans':
-            cluster = torch.arange(n).repeat_interleave(mlp.offsets.diff())
-            J = slow_objective(F.normalize(mlp.w_in, dim=1), cluster)
-            rows = F.normalize(was.w_in, dim=1)
+        assert len(fires) >= moefy.TOKENS
+        if split != 'random':
+            rows = F.normalize(was.w_in, dim=1) if split == 'kmeans' else fires.float().T
+            order = torch.cdist(mlp.w_in, was.w_in).argmin(1)
+            J = slow_objective(rows[order], torch.arange(n).repeat_interleave(mlp.offsets.diff()))
             best = slow_objective(rows, moefy.balanced_kmeans(rows @ rows.T, n))
-            random = slow_objective(rows, moefy.deal(was, n))
-            assert J == pytest.approx(best, abs=1e-3) and J <= random + 1e-3
+            assert J == pytest.approx(best, abs=1e-3)
         # every neuron is there once, with its bias and its output
         new, was = (torch.cat([p.w_in, p.b_in[:, None], p.w_out], 1).tolist() for p in (mlp, was))
         assert sorted(new) == sorted(was)
@@ -955,10 +933,8 @@ def test_exits_against_a_loop_that_computes_everything(dtype):
     assert half['head'] - whole['head'] == pytest.approx(2 * sum(heads) / 12)
     m.set_rule('')
     assert len(m(idx, keep)) == 9 and m.exits.tau > 1
-    with pytest.raises(M.BadInput, match='keys and values'):
-        tiny().add_exits()
-    with pytest.raises(ValueError, match='has none'):
-        tiny().set_rule('confidence', 0.5)
+    refused('keys and values', job=tiny().add_exits)
+    refused('has none', 'confidence', 0.5, job=tiny().set_rule, error=ValueError)
 
 def test_exits_learn_while_the_model_stays():
     m, phase = tiny(**CLS | dict(n_layer=3, dropout=0.5)), R.LearnExits()
@@ -971,18 +947,14 @@ def test_exits_learn_while_the_model_stays():
 # -------------------------------------------------------------------------------------- halting
 
 def slow_halting(m, text):
-    """One text, every token computed to the end, those that halted masked as keys by hand."""
-    x, layout = m.embed(text[None])
-    n, d = len(x), m.config.n_embd // m.config.n_head
+    """One text alone: whatever has not halted yet goes through the next block."""
+    x, n = m.embed(text[None])[0], len(text)
     total, out, depth = torch.zeros(n), torch.zeros_like(x), torch.zeros(n)
     for i, block in enumerate(m.blocks):
         there = total < 0.99
         if not there.any():
             break
-        q, k, v = (getattr(block.attn, c)(x).view(n, -1, d).transpose(0, 1) for c in 'qkv')
-        weights = (q @ k.mT / math.sqrt(d)).masked_fill(~there, -math.inf).softmax(-1)
-        y = block.ln_1(x + block.attn.o((weights @ v).transpose(0, 1).flatten(1)))
-        x = block.ln_2(y + block.mlp(y))
+        x[there] = block(x[there], kernel.Layout.of(None, 1, int(there.sum()), False))
         for t in range(n):
             if there[t]:
                 depth[t] += 1
@@ -994,7 +966,7 @@ def slow_halting(m, text):
     return out, depth
 
 @pytest.mark.parametrize('dtype', ['fp32', 'int8'])
-def test_halting_against_a_loop_that_masks(dtype):
+def test_halting_against_one_text_at_a_time(dtype):
     m = tiny(**CLS | dict(n_layer=5))
     m.add_halting()
     m.halting.gain.fill_(3.0), m.halting.shift.fill_(1.0)
@@ -1009,8 +981,7 @@ def test_halting_against_a_loop_that_masks(dtype):
     close(m(idx, keep, only=True), m.logits(torch.stack([w[0] for w in want])))
     counts = [[(d > i).sum().item() for d in depth] for i in range(len(masks.alive))]
     assert masks.alive == [(sum(n), sum(x > 0 for x in n), sum(x * x for x in n)) for n in counts]
-    with pytest.raises(M.BadInput, match='keys'):
-        tiny().add_halting()
+    refused('keys', job=tiny().add_halting)
 
 def test_halting_learns_to_stop_where_it_should():
     depths = []
@@ -1066,8 +1037,7 @@ def test_distillation_by_hand(config, tmp_path):
     targets = idx if m.config.causal else torch.tensor([0, 2, 1])
     phase = sparsify.Sparsify(sparsity_weight=0.0, distil=0.7)
     phase.folder = tmp_path
-    with pytest.raises(M.BadInput, match='--phase=dense'):
-        train.teacher_of(phase, 'cpu')
+    refused('--phase=dense', phase, 'cpu', job=train.teacher_of)
     teacher = tiny(**config).requires_grad_(True)
     with torch.no_grad():
         teacher.wte.weight *= 1.5
@@ -1277,8 +1247,7 @@ def test_strings():
     (lambda: tiny().quantize('bf16').quantize('int8'), 'dtype=int8'),
     (lambda: routed(tiny(), kind='oracle').quantize('int8'), 'oracle needs')])
 def test_calls_that_make_no_sense(call, says):
-    with pytest.raises(ValueError, match=says):
-        call()
+    refused(says, job=call, error=ValueError)
 
 # ------------------------------------------------------------------------------- published models
 
@@ -1320,10 +1289,6 @@ def test_published_models_are_those_of_transformers(kind, config, dropped, hub, 
         if m.config.head:
             real = slice(None) if kind == SEQUENCE else keep
             close(m.logits(h)[real], want[0][real])
-        if m.config.causal and length < 40:
-            want = hf.generate(idx, max_new_tokens=20, do_sample=False, eos_token_id=None,
-                               attention_mask=torch.ones_like(idx), pad_token_id=0)
-            assert torch.equal(m.generate(idx, 20, temperature=0), want)
     if not m.config.causal:                 # a fresh head, for other classes
         other = M.load(tmp_path, n_classes=4)
         close(other.encode(idx, keep, **inputs), h)
@@ -1380,18 +1345,17 @@ def run(*args, out):
     """python train.py, in this process."""
     return train.run(train.parse([*args, f'--out_dir={out}']))
 
-def refused(says, *args, out):
-    """A command that must fail, in one sentence."""
-    with pytest.raises(M.BadInput) as error:
-        run(*args, out=out)
-    assert says in str(error.value) and '\n' not in str(error.value)
+def refused(says, *args, job=run, error=M.BadInput, **options):
+    """A command, or another job, that must fail, in one sentence."""
+    with pytest.raises(error) as found:
+        job(*args, **options)
+    assert says in str(found.value) and '\n' not in str(found.value)
 
 def weights(path):
     return M.read_checkpoint(path)['model']
 
 def rows_of(folder):
-    with open(folder / 'results.json') as file:
-        return json.load(file)['rows']
+    return json.load(open(folder / 'results.json'))['rows']
 
 @pytest.fixture(scope='session')
 def text(tmp_path_factory):
@@ -1437,55 +1401,44 @@ def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     assert rows[1]['flops'] == pytest.approx(share, abs=0.01)
     assert {r['split'] for r in rows if r['method'] == 'd2dmoe'} == {'coactivation'}
 
-def test_masks_end_to_end(finished, tmp_path, capsys):
-    for name in ('base.pt', 'dense.pt', 'sparse.pt', 'data.pt'):
-        shutil.copy(finished[0] / name, tmp_path)
-    refused('at most 8', '--phase=masks', '--n_masks=9', out=tmp_path)
-    refused('asks for it', '--phase=masks', out=tmp_path)
-    refused('nothing to learn', '--router_loss=masks', out=tmp_path)
-    run('--phase=masks', '--n_masks=4', '--masks_steps=10', '--mask_ratio=0.3', out=tmp_path)
+def test_masks_end_to_end(spoiled, capsys):
+    refused('at most 8', '--phase=masks', '--n_masks=9', out=spoiled)
+    refused('asks for it', '--phase=masks', out=spoiled)
+    refused('nothing to learn', '--router_loss=masks', out=spoiled)
+    run('--phase=masks', '--n_masks=4', '--masks_steps=10', '--mask_ratio=0.3', out=spoiled)
     assert capsys.readouterr().out.count('token-specific') == 2
-    model = M.load(tmp_path / 'masks.pt')
-    assert model.config.n_outputs == [4, 4] and model.config.router_loss == 'masks'
-    rows = [r for r in run('--phase=eval', '--tau=0.25', out=tmp_path)['rows']
+    c = M.load(spoiled / 'masks.pt').config
+    assert c.n_outputs == [4, 4] and c.router_loss == 'masks'
+    rows = [r for r in run('--phase=eval', '--tau=0.25', '--router_loss=masks', out=spoiled)['rows']
             if r['router_loss'] == 'masks' and r['dtype'] == 'fp32']
     assert {r['rule'] for r in rows} == {'topk'} and rows[0]['k'] == 1
-    run('--phase=export', f'--to={tmp_path}/to', '--router_loss=masks', out=tmp_path)
-    assert same(M.load(tmp_path / 'to').state_dict(), model.state_dict())
 
-def test_exits_end_to_end(finished_bert, tmp_path):
-    for name in ('base.pt', 'dense.pt', 'attn.pt', 'sparse.pt', 'data.pt'):
-        shutil.copy(finished_bert[0] / name, tmp_path)
-    run('--phase=exits', '--exits=1', '--exits_steps=6', out=tmp_path)
-    run('--phase=halting', '--halting=1', '--halting_steps=6', out=tmp_path)
-    rows = run('--phase=eval', out=tmp_path)['rows']
-    mine = [r for r in rows if r['rule'] == 'confidence' and r['dtype'] == 'fp32']
-    assert [r['tau'] for r in mine] == list(R.CONFIDENCE)
-    assert mine[0]['flops'] <= mine[-1]['flops'] and mine[-1]['flops'] < 1.1
-    assert M.load(tmp_path / 'exits.pt').exits is not None
-    halting = next(r for r in rows if r['method'] == 'halting')
-    assert 0 < halting['flops'] < 1.02 and halting['rule'] is None
-
-def test_exits_and_halting_of_converted_models(finished_bert, tmp_path):
-    """Texts leave a model of experts early; or tokens that may halt get experts."""
+def test_exits_and_halting_end_to_end(finished_bert, tmp_path):
+    """Texts leave a dense model or one of experts early; or tokens that may halt get experts."""
     exits, halting = tmp_path / 'exits', tmp_path / 'halting'
-    shutil.copytree(finished_bert[0], exits)
-    run('--phase=exits', '--exits=1', '--exits_steps=6', out=exits)
-    rows = run('--phase=eval', '--router_loss=norm', out=exits)['rows']
-    early = [r for r in rows if r['rule'] == 'confidence' and r['dtype'] == 'fp32']
-    assert [r['tau'] for r in early] == list(R.CONFIDENCE)
-    assert {r['router_loss'] for r in early} == {'norm'} and early[-1]['experts'] < 0.9
-    assert M.read_checkpoint(exits / 'exits.pt')['parent'] == M.checkpoint_hash(exits / 'd2dmoe.pt')
+    shutil.copytree(finished_bert[0], exits, ignore=shutil.ignore_patterns('d2dmoe*.pt'))
+    for name, kind in (('dense.pt', None), ('d2dmoe.pt', 'norm')):
+        shutil.copy(finished_bert[0] / name, exits)
+        run('--phase=exits', '--exits=1', '--exits_steps=6', '--overwrite=1', out=exits)
+        assert M.read_checkpoint(exits / 'exits.pt')['parent'] == M.checkpoint_hash(exits / name)
+        rows = run('--phase=eval', out=exits)['rows']
+        early = [r for r in rows if r['rule'] == 'confidence' and r['dtype'] == 'fp32']
+        assert [r['tau'] for r in early] == list(R.CONFIDENCE)
+        assert {r['router_loss'] for r in early} == {kind}
+        assert early[0]['flops'] <= early[-1]['flops'] < 1.1
+    assert early[-1]['experts'] < 0.9 and M.load(exits / 'exits.pt').exits is not None
     halting.mkdir()
     for name in ('base.pt', 'dense.pt', 'data.pt'):
         shutil.copy(finished_bert[0] / name, halting)
-    rows = run('--halting=1', '--halting_steps=6', '--router_loss=norm', out=halting)['rows']
+    run('--phase=halting', '--halting=1', '--halting_steps=6', out=halting)
+    row, = (r for r in run('--phase=eval', out=halting)['rows'] if r['method'] == 'halting')
+    assert 0 < row['flops'] < 1.02 and row['rule'] is None
+    rows = run('--router_loss=norm', out=halting)['rows']
     m, parent = M.load(halting / 'd2dmoe.pt'), M.read_checkpoint(halting / 'sparse.pt')['parent']
     assert m.halting.depth == 1 and parent == M.checkpoint_hash(halting / 'halting.pt')
     row = next(r for r in rows if r['method'] == 'd2dmoe' and r['rule'] == 'dynk')
     assert row['experts'] < 1 and row['router_loss'] == 'norm'
-    with pytest.raises(M.BadInput, match='halt'):
-        m.add_exits()
+    refused('halt', job=m.add_exits)
 
 def test_worse_than_a_dense_model_that_is_never_right():
     rows = [dict(metric='accuracy', accuracy=a, accuracy_pick=b) for a, b in ((0, 0.5), (0.1, 0.4))]
@@ -1553,7 +1506,7 @@ def test_bert_end_to_end(finished_bert):
     ('base', 'base.pt'), ('dense', 'dense.pt'), ('attn', 'attn.pt'), ('sparsify', 'sparse.pt'),
     ('router', 'd2dmoe.pt')])
 @pytest.mark.parametrize('at', [0, 3])
-def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monkeypatch):
+def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(finished_bert[0], tmp_path / 'copy')
     os.remove(out / file)
     seen, get_batch = [], train.get_batch
@@ -1570,6 +1523,7 @@ def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monk
         run(f'--phase={phase}', out=out)
     assert M.read_checkpoint(out / file)['step'] == at
     run(f'--phase={phase}', out=out)
+    assert f'going on at step {at} of' in capsys.readouterr().out
     assert M.checkpoint_hash(out / file) == M.checkpoint_hash(finished_bert[0] / file)
 
 def test_seeds_make_one_table(text, tmp_path):
@@ -1596,20 +1550,13 @@ class Shrink:
         squares = sum(p.square().sum() for p in model.parameters())
         return model.loss(batch) + self.pull * squares, {}
 
-class Loudness(nn.Module):
+class Loudness(R.Norm):
     """A router that a researcher would add: it learns the sum of activations."""
     rule = 'topk'
 
-    def __init__(self, mlp, owners, width):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(R.n_outputs(mlp, owners), mlp.w_in.shape[1]))
-
-    def forward(self, x):
-        return (x @ self.w.T).exp()
-
     def loss(self, seen):
         sums = (seen.a[:, seen.grams.index] * seen.grams.valid).sum(-1)
-        return F.mse_loss(seen.x @ self.w.T, sums.clamp_min(1e-3).log())
+        return F.mse_loss(self(seen.x), sums)
 
 def halves(mlp, n_experts, seed, fires):
     """A split that a researcher would add: neuron i into expert i mod E."""
@@ -1686,8 +1633,6 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     run('--phase=export', f'--to={tmp_path / "there"}', '--tau=0.3', out=out)
     ours = M.load(tmp_path / 'there')
     assert ours.config.rule == 'dynk' and ours.config.tau == 0.3
-    direct = M.load(out / 'd2dmoe.pt').set_rule('dynk', tau=0.3)
-    assert direct.generate('def x', 20, temperature=0) == ours.generate('def x', 20, temperature=0)
 
 def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     before = rows_of(spoiled)
@@ -1741,8 +1686,7 @@ def test_folders_of_texts_and_of_tokens(tmp_path):
     for name, n in (('train', 200), ('val', 301)):
         np.arange(n, dtype=np.uint16).tofile(tmp_path / f'{name}.bin')
     o.data = str(tmp_path)
-    with pytest.raises(M.BadInput, match='token 300 is beyond the 256'):
-        train.open_corpus(o, tmp_path)
+    refused('token 300 is beyond the 256', o, tmp_path, job=train.open_corpus)
     shutil.copy(tmp_path / 'train.bin', tmp_path / 'val.bin')
     assert train.open_corpus(o, tmp_path).val.tolist() == list(range(200))
 
@@ -1926,17 +1870,18 @@ def test_refusals(job, says, tmp_path):
     """What cannot work ends in one sentence."""
     if isinstance(job, str):
         return refused(says, *job.split(), out=tmp_path / 'out')
-    with pytest.raises(M.BadInput) as error:
-        job(tmp_path)
-    assert says in str(error.value) and '\n' not in str(error.value)
+    refused(says, tmp_path, job=job)
 
 # -------------------------------------------------------------------------------------- bench
 
-@pytest.mark.parametrize('suite', [suite for suite in bench.SUITES
-                                   if suite not in ('engines', 'methods')])
-def test_suites(suite, tmp_path):
+@pytest.mark.parametrize('suite', [suite for suite in bench.SUITES if suite != 'methods'])
+def test_suites(suite, tmp_path, monkeypatch):
     toy = bench.Shape(D=24, H=48, sizes=(8, 16), tokens=(32, 3), bytes=1e4, n_layer=2,
-                      vocab_size=99, prefill=(2, 8))
+                      vocab_size=99, prefill=(2, 8), bert=(1, 24, 48, 99), turn=0.01)
+    # each in a process of its own, by turns; what is missing is named
+    monkeypatch.setattr(bench, 'ENGINES', {
+        name: (load, ('fp32',), *rest) for name, (load, _, *rest) in bench.ENGINES.items()
+        if name in ('ours', 'transformers')})
     args = ['--suite', suite, '--json', str(tmp_path / 'rows')]
     args += ['--plot', str(tmp_path / 'p.png')] if suite == 'layer' else []
     rows = bench.run(bench.options().parse_args(args), toy)
@@ -1945,15 +1890,21 @@ def test_suites(suite, tmp_path):
     if suite == 'layer':
         assert len(rows) == 3 * 2 * 2 * 4 + 11 and (tmp_path / 'p.png').stat().st_size > 1000
         assert all(r['limit'] > 0 and r['dense_ms'] for r in rows if r['suite'] == 'layer')
+    if suite == 'engines':
+        assert all(r['ms'] > 0 and r['weight_bytes'] > 0 for r in rows)
+        ours = [r for r in rows if r['engine'] == 'ours']
+        assert len(ours) == 3 * 2 * 2 + 2 * 3
+        assert len(rows) - len(ours) == (4 if find_spec('transformers') else 0)
+        for r in ours:                      # a router of 6 scores of which so many are chosen
+            share = {'dense': 1}.get(r['variant'].split(',')[0], 0.15)
+            assert r['experts'] == pytest.approx(share, abs=0.15)
 
 def test_methods(text, tmp_path, monkeypatch, capsys):
-    chosen = {('small', ''): ((), 'base dense', '--n_embd=16')} | {
-        method: about for method, about in bench.METHODS.items() if method in [
-            ('dense', ''), ('d2dmoe', ''), ('pruning', ''),
-            ('d2dmoe', 'on the pruned'), ('moefication', ''), ('moefication', 'centres'),
-            ('exits', '')]}
-    monkeypatch.setattr(bench, 'METHODS', dict(sorted(chosen.items(), key=lambda m: m[0] == (
-        'small', ''))))
+    wanted = [('dense', ''), ('d2dmoe', ''), ('pruning', ''), ('d2dmoe', 'on the pruned'),
+              ('moefication', ''), ('moefication', 'centres'), ('exits', '')]
+    chosen = {method: about for method, about in bench.METHODS.items() if method in wanted}
+    chosen['small', ''] = (), 'base dense', '--n_embd=16'
+    monkeypatch.setattr(bench, 'METHODS', chosen)
     tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
     o = bench.options().parse_args([
         '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2',
@@ -1985,24 +1936,6 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     other, = found['left_out']
     assert found['rows'] == again and other['method'] == 'exits' and 'BERTs only' in other['why']
     assert (tmp_path / 'p.png').stat().st_size > 1000
-
-def test_engines(tmp_path, monkeypatch):
-    """Ours and transformers, each in a process of its own, by turns; what is missing is named."""
-    toy = bench.Shape(D=24, H=48, sizes=(6,), n_layer=1, vocab_size=99, prefill=(1, 40),
-                      bert=(1, 24, 48, 99), turn=0.01)
-    monkeypatch.setattr(bench, 'ENGINES', {
-        name: (load, ('fp32',), *rest) for name, (load, _, *rest) in bench.ENGINES.items()
-        if name in ('ours', 'transformers')})
-    rows = bench.run(bench.options().parse_args(
-        ['--suite', 'engines', '--json', str(tmp_path / 'rows')]), toy)
-    assert [json.loads(line) for line in open(tmp_path / 'rows')] == rows
-    assert all(r['ms'] > 0 and r['speedup'] > 0 and r['weight_bytes'] > 0 for r in rows)
-    ours = [r for r in rows if r['engine'] == 'ours']
-    assert len(ours) == 3 * 2 * 2 + 2 * 3
-    assert len(rows) - len(ours) == (4 if find_spec('transformers') else 0)
-    for r in ours:                          # a router of 8 scores of which so many are chosen
-        share = {'dense': 1}.get(r['variant'].split(',')[0], 0.15)
-        assert r['experts'] == pytest.approx(share, abs=0.15)
 
 def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
@@ -2036,8 +1969,7 @@ def test_libraries_that_are_missing(finished, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     # no stale picture stays
     assert 'pip install matplotlib' in bench.plot_rows(rows, path) and not path.exists()
-    with pytest.raises(M.BadInput, match='pip install transformers'):
-        M.load('gpt2')
+    refused('pip install transformers', 'gpt2', job=M.load)
 
 @pytest.mark.parametrize('name', AGAIN)
 def test_in_another_process(name, again):
