@@ -23,7 +23,7 @@ import math
 import os
 import platform
 import shlex
-import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -73,8 +73,8 @@ def experts(x, mask, bundle, impl=None, rho=None):
     if mask is None:
         a = ACTIVATIONS[bundle.act](linear(x, bundle.w_in, bundle.b_in))  # (T, H)
         return linear(a, bundle.w_out.t(), bundle.b_out)
-    inputs = x, bundle.w_in, bundle.b_in, bundle.w_out, bundle.b_out
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    inputs = (t for t in (x, *bundle[:4]) if t is not None)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return reference(x, mask, bundle)
     impl = impl or choose(x, mask, bundle, rho)
     # The compiler has to see one op; otherwise it would only cost 20 us, as much as a small layer.
@@ -190,21 +190,17 @@ def dense_masked(x, mask, bundle, rho=None):
     """Computes everything, block of tokens by block of tokens, and zeroes what was not chosen."""
     w_in, b_in, w_out, b_out, offsets, act = bundle
     y, H, E = torch.empty_like(x), len(w_in), mask.shape[1]
-    # On a GPU looking at the mask would be waiting for it.
-    everything = x.is_cpu and bool(mask.all())
+    # On a GPU looking at the offsets would be waiting for them.
     equal = x.is_cpu and E > 0 and H % E == 0 and bool((offsets.diff() == H // E).all())
     fused = x.is_cuda and triton is not None and H > 0 and not torch.compiler.is_compiling()
     block = 512 if x.is_cpu else 4096
     for rows in (slice(i, i + block) for i in range(0, len(x), block)):
         a = linear(x[rows], w_in, b_in)  # (block, H)
-        if fused:
-            y[rows] = linear(masked_activation(a, mask[rows], offsets, act), w_out.t(), b_out)
-            continue
-        a = ACTIVATIONS[act](a)
+        a = masked_activation(a, mask[rows], offsets, act) if fused else ACTIVATIONS[act](a)
         # Equal experts need no mask of neurons: 0.95 times as fast as dense, not 0.82.
-        if equal and not everything:
+        if equal:
             a.view(len(a), E, H // E).masked_fill_(~mask[rows, :, None], 0)
-        elif not everything:
+        elif not fused:
             a.masked_fill_(~neuron_mask(mask[rows], offsets, H), 0)
         y[rows] = linear(a, w_out.t(), b_out)
     return y
@@ -379,8 +375,8 @@ def dispatch_kernel(mask, idx, count, T, E, LEN,
 @jit
 def expert_kernel(x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, LEN, D,
                   EVEN: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-                  INTERPRET: tl.constexpr, CHUNK: tl.constexpr, BE: tl.constexpr,
-                  BM: tl.constexpr, SB: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
+                  CHUNK: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, SB: tl.constexpr,
+                  BK: tl.constexpr, BN: tl.constexpr):
     chunk = tl.program_id(1).to(tl.int64)
     x += chunk * CHUNK * D
     y += chunk * CHUNK * D
@@ -416,9 +412,6 @@ def expert_kernel(x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, 
             a = tl.load(x + row[:, None] + k[None, :], mask=in_d[None, :], other=0)  # (BM, BK)
             w = tl.load(w_in + neuron[None, :] * D + k[:, None],
                         mask=in_d[:, None], other=0)  # (BK, SB)
-            # The interpreter would multiply the bit patterns of bf16.
-            if INTERPRET:
-                a, w = a.to(tl.float32), w.to(tl.float32)
             h = tl.dot(a, w.to(a.dtype), h, input_precision=PRECISION)
         if s_in is not None:
             h *= tl.load(s_in + neuron)[None, :]
@@ -430,16 +423,12 @@ def expert_kernel(x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, 
             tl.debug_barrier()
             h *= tl.load(s_out + neuron)[None, :]
         hidden = h.to(x.dtype.element_ty)
-        if INTERPRET:
-            hidden = hidden.to(tl.float32)
 
         for d0 in range(0, D, BN):
             d = d0 + tl.arange(0, BN)
             in_d = (d < D) | EVEN
             w = tl.load(w_out + neuron[:, None] * D + d[None, :],
                         mask=in_d[None, :], other=0)  # (SB, BN)
-            if INTERPRET:
-                w = w.to(tl.float32)
             out = tl.dot(hidden, w.to(hidden.dtype), input_precision=PRECISION)  # (BM, BN)
             wanted = is_token[:, None] & in_d[None, :]
             tl.atomic_add(y + row[:, None] + d[None, :], out, mask=wanted, sem='relaxed')
@@ -515,23 +504,16 @@ def gpu_target(device):
     target = 'hip' if torch.version.hip else target
     return target, properties.multi_processor_count, compiler_options(target)
 
-def choose_tile(tiles, tokens, E, s, chunks, processors):
-    """The largest tile, as it reads the least, that is not mostly padding and keeps half of the
-    processors busy, else the smallest; and how many items it makes of E experts of s neurons."""
-    for tile in tiles:
-        BM, SB = tile[:2]
-        items = E * triton.cdiv(tokens, BM) * triton.cdiv(s, SB)
-        if SB < max(2 * s, 64) and BM <= tokens and 2 * items * chunks >= processors:
-            break
-    return tile, items
-
 def triton_experts(x, mask, bundle, rho=None):
     """`experts` on a GPU. Nothing here looks at the mask or the offsets: `rho` only sizes tiles and
     grid, and any mask gives the right answer with any rho. Of an Int8 only the weights are whole
     numbers, which a tile turns into x's dtype: a row's scale multiplies h, not the row."""
-    (T, D), H, E = x.shape, len(bundle.w_in), mask.shape[1]
+    (T, D), H, E, dtype = x.shape, len(bundle.w_in), mask.shape[1], x.dtype
     w_in, b_in, w_out, b_out, offsets, act = bundle
     s_in = s_out = None
+    if INTERPRET:
+        # which would multiply the bit patterns of bf16
+        x = x.float()
     if isinstance(w_in, Int8):
         (w_in, s_in, b_in), (w_out, s_out, b_out) = ((m.w, m.scale, m.bias) for m in (w_in, w_out))
     x, w_in, w_out = (t.contiguous() for t in (x, w_in, w_out))
@@ -539,7 +521,7 @@ def triton_experts(x, mask, bundle, rho=None):
     y = torch.empty(T, D, dtype=torch.float32, device=x.device)
     y.zero_() if b_out is None else y.copy_(b_out)
     if T == 0 or H == 0 or E == 0:
-        return y.to(x.dtype)
+        return y.to(dtype)
     target, processors, options = gpu_target(x.device)
     rho = 0.25 if rho is None else min(max(float(rho), 0.0), 1.0)
     BE = triton.next_power_of_2(max(E, 16))
@@ -554,7 +536,7 @@ def triton_experts(x, mask, bundle, rho=None):
             decode_kernel[T, triton.cdiv(H, NB)](
                 x, mask, w_in, s_in, b_in, w_out, s_out, offsets, y, E, D, ACT=act, BE=BE, NB=NB,
                 BD=BD, num_warps=num_warps, **options)
-            return y.to(x.dtype)
+            return y.to(dtype)
 
         CHUNK = max(128, 1 << (CHUNK_ELEMENTS // D).bit_length() - 1)
         chunks, length = triton.cdiv(T, CHUNK), min(triton.cdiv(T, 16) * 16, CHUNK)
@@ -564,18 +546,21 @@ def triton_experts(x, mask, bundle, rho=None):
             mask, idx, count, T, E, length, CHUNK=CHUNK, BT=128, BE=32, **options)
 
         tokens, s = max(1, round(rho * min(T, CHUNK))), triton.cdiv(H, E)
-        half = x.element_size() == 2
-        tiles = TILES[target, w_in.element_size() if half else 4]
-        tile, items = choose_tile(tiles, tokens, E, s, chunks, processors)
-        BM, SB, BK, BN, num_warps, num_stages = tile
+        full = x.dtype == torch.float32
+        # The largest tile, as it reads the least, that is not mostly padding and keeps half of the
+        # processors busy, else the smallest.
+        for BM, SB, BK, BN, num_warps, num_stages in TILES[target, 4 if full else w_in.itemsize]:
+            items = E * triton.cdiv(tokens, BM) * triton.cdiv(s, SB)
+            if SB < max(2 * s, 64) and BM <= tokens and 2 * items * chunks >= processors:
+                break
         # fp32 on NVIDIA is three tf32 products, as good and on tensor cores. AMD multiplies fp32.
-        tf32 = x.dtype == torch.float32 and target != 'hip'
+        tf32 = full and target != 'hip'
         expert_kernel[min(items, 8 * processors), chunks](
             x, w_in, s_in, b_in, w_out, s_out, offsets, idx, count, y, E, length, D,
             EVEN=D % max(BK, BN) == 0, ACT=act, PRECISION='tf32x3' if tf32 else 'ieee',
-            INTERPRET=INTERPRET, CHUNK=CHUNK, BE=BE, BM=BM, SB=SB, BK=BK, BN=BN,
-            num_warps=num_warps, num_stages=num_stages, **options)
-    return y.to(x.dtype)
+            CHUNK=CHUNK, BE=BE, BM=BM, SB=SB, BK=BK, BN=BN, num_warps=num_warps,
+            num_stages=num_stages, **options)
+    return y.to(dtype)
 
 # -------------------------------------------------------------------------------------------- C++
 
@@ -585,51 +570,26 @@ TINY = 1e-30
 FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', f'-DFEW={FEW}', f'-DTINY={TINY}f']
 # The first that compiles and loads serves. For AMD GCC would fuse some sums and leave others, so
 # that one query and eight rounded differently.
-ALIKE = ['--param', 'avoid-fma-max-bits=0']
-NATIVE = [['-march=native', '-fopenmp', *ALIKE], ['-march=native', '-fopenmp'], ['-march=native'],
-          ['-mcpu=native']]
+NATIVE = [['-march=native', '-fopenmp', '--param', 'avoid-fma-max-bits=0'],
+          ['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
 PID = os.getpid()
 
-def fields(pointers='', sizes='', floats=''):
-    kinds = (pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (floats, ctypes.c_float)
-    return [(name, kind) for names, kind in kinds for name in names.split()]
-
-class Job(ctypes.Structure):
-    """One call of the fp32 and bf16 kernel: a struct of the source below, as those that follow."""
-    _fields_ = fields('x mask w_in b_in w_out b_out offsets y', 'T D E act threads')
-
-class CMatrix(ctypes.Structure):
-    _fields_ = fields('w scale bias', 'N K panel step')
-
-class CFfn(ctypes.Structure):
-    _fields_ = [('w_in', CMatrix), ('w_out', CMatrix), *fields('fold offsets', 'E act')]
-
-class CAttention(ctypes.Structure):
-    _fields_ = fields('q k v y starts old_k old_v',
-                      'B heads d stride longest past size causal only threads')
-
-class CLayer(ctypes.Structure):
-    _fields_ = [(name, CMatrix) for name in ('qkv', 'o', 'router_1', 'router_2')] + [
-        ('ffn', CFfn), *fields('', 'dynk', 'tau floor'),
-        *fields('scale_1 shift_1 scale_2 shift_2 k v mask')]
-
-class CModel(ctypes.Structure):
-    _fields_ = [*fields('layers x h qkv'), ('attention', CAttention),
-                *fields('', 'n_layer T H W R E pre_ln only', 'eps')]
+def packed(*values):
+    """A struct of the source below, every field of which takes 8 bytes: of a tensor its address."""
+    words = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
+    return struct.pack(''.join('d' if isinstance(v, float) else 'q' for v in words), *words)
 
 def cpu_name():
     """What -march=native depends on."""
-    try:
-        with open('/proc/cpuinfo') as f:
-            kinds = ('model name', 'flags', 'Features')
-            return ''.join(sorted({line for line in f if line.startswith(kinds)}))
-    except OSError:
+    if not os.path.exists('/proc/cpuinfo'):
         return platform.machine() + platform.processor()
+    with open('/proc/cpuinfo') as f:
+        kinds = ('model name', 'flags', 'Features')
+        return ''.join(sorted({line for line in f if line.startswith(kinds)}))
 
 def compile_cpp(cxx):
     """Path of the shared library, compiled unless the cache has it."""
-    version = subprocess.run([*cxx, '--version'], capture_output=True, text=True).stdout
-    key = '\0'.join([CPP, *cxx, *FLAGS, *sum(NATIVE, []), version, cpu_name()])
+    key = '\0'.join([CPP, *cxx, *FLAGS, *sum(NATIVE, []), cpu_name()])
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = os.path.join(cache, 'd2dmoe')
     path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:16] + '.so')
@@ -654,19 +614,11 @@ def compile_cpp(cxx):
 @functools.cache
 def library():
     """The compiled kernel, or None (with one warning that says why) where it can't be built."""
-    compilers = [os.environ['CXX']] if os.environ.get('CXX') else ['c++', 'g++', 'clang++']
     try:
-        cxx = next((c for c in map(shlex.split, compilers) if shutil.which(c[0])), None)
-        if cxx is None:
-            raise OSError(f'no C++ compiler ({", ".join(compilers)}) found')
-        built = ctypes.CDLL(compile_cpp(cxx))
+        return ctypes.CDLL(compile_cpp(shlex.split(os.environ.get('CXX') or 'c++')))
     except OSError as error:
         why = f'building the C++ kernel failed: experts run in plain torch, slowly\n{error}'
         return warnings.warn(why)
-    address, size = ctypes.c_void_p, ctypes.c_int64
-    built.linear8.argtypes = [address] * 3 + [size] * 2
-    built.experts8.argtypes = [address] * 5 + [size] * 2
-    return built
 
 @torch.compiler.assume_constant_result
 def have_cpp():
@@ -680,21 +632,19 @@ def cpp_experts(x, mask, bundle, rho=None, path=None):
     """`experts` on a CPU, in fp32 or bf16. path: 'few' or 'many' tokens, None: by their number."""
     w_in, b_in, w_out, b_out, offsets, act = bundle
     (T, D), E = x.shape, mask.shape[1]
-    assert x.dtype in (torch.float32, torch.bfloat16) and w_in.dtype == w_out.dtype == x.dtype
-    assert w_in.shape == w_out.shape == (len(w_in), D)
-    assert w_in.is_contiguous() and w_out.is_contiguous()
-    assert mask.dtype == torch.bool and offsets.dtype == torch.int32
-    assert len(mask) == T and len(offsets) == E + 1
+    assert x.dtype in (torch.float32, torch.bfloat16) and offsets.dtype == torch.int32
+    assert mask.dtype == torch.bool and mask.shape == (T, len(offsets) - 1)
+    for w in (w_in, w_out):
+        assert w.dtype == x.dtype and w.shape == (len(w_in), D) and w.is_contiguous()
     x, mask, offsets = x.contiguous(), mask.contiguous(), offsets.contiguous()
     # These names keep the copies alive to the end of the call.
     b_in, b_out = (None if b is None else b.float().contiguous() for b in (b_in, b_out))
     y = torch.empty_like(x)
     if T:
-        tensors = x, mask, w_in, b_in, w_out, b_out, offsets, y
-        job = Job(*(None if t is None else t.data_ptr() for t in tensors), T, D, E,
-                  list(ACTIVATIONS).index(act), n_threads())
+        job = packed(x, mask, w_in, b_in, w_out, b_out, offsets, y, T, D, E,
+                     list(ACTIVATIONS).index(act), n_threads())
         few = T <= FEW if path is None else path == 'few'
-        library().run(ctypes.byref(job), x.dtype == torch.bfloat16, few)
+        library().run(job, x.dtype == torch.bfloat16, few)
     return y
 
 # ------------------------------------------------------------------------------------------- int8
@@ -713,55 +663,39 @@ class Int8:
     def __len__(self):
         return self.N
 
-    @property
-    def shape(self):
-        return self.N, self.K
-
-    def part(self, a, b):
-        """Rows a .. b, whole blocks, sharing memory."""
-        unit = 8 if self.w.dtype == torch.uint8 else 1
-        bias = None if self.bias is None else self.bias[a:b]
-        return Int8(self.w[a // unit:b // unit], self.scale[a:b], bias, b - a, self.K, False)
-
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return torch.where(scale > TINY, x / scale, 0).round(), scale
 
-def pad_to_8(t, dim=-1, value=0):
+def pad_to_8(t, dim=-1):
     short = -t.shape[dim] % 8
-    return t if not short else F.pad(t.movedim(dim, -1), (0, short), value=value).movedim(-1, dim)
+    return t if not short else F.pad(t.movedim(dim, -1), (0, short)).movedim(-1, dim)
 
 def int8(w, bias=None, by_column=False):
     """w (N, K) in fp32, bias (N), or (K) of a w_out -> Int8."""
     w, (N, K) = w.detach().float(), w.shape
     q, scale = whole_numbers(w)
-    scale, bias = scale[:, 0], None if bias is None else bias.detach().float().clone()
+    bias = w.new_zeros(K if by_column else N) if bias is None else bias.detach().float().clone()
     if not (w.is_cpu and have_cpp()):
-        return Int8(q.to(torch.int8), scale, bias, N, K, by_column)
+        return Int8(q.to(torch.int8), scale[:, 0], bias, N, K, by_column)
     blocks = pad_to_8(pad_to_8(q), 0).view(-(-N // 8), 8, -(-K // 8), 8).transpose(1, 2)
     blocks = blocks.transpose(2, 3) if by_column else blocks
     blocks = blocks.unflatten(3, (-1, library().columns())).transpose(2, 3)
-    bias = pad_to_8(torch.zeros(K if by_column else N) if bias is None else bias)
     blocks = (blocks.flatten(2) + 128).to(torch.uint8)
-    return Int8(blocks, pad_to_8(scale), bias, N, K, by_column)
+    return Int8(blocks, pad_to_8(scale[:, 0]), pad_to_8(bias), N, K, by_column)
 
 def int8_linear(x, m):
     """x (..., K) -> (..., N) in fp32; x is quantised row by row, but not on a GPU."""
     assert x.shape[-1] == m.K, f'x has {x.shape[-1]} columns, the matrix {m.K}'
-    if not x.is_cpu:
-        y = F.linear(x, m.w.to(x.dtype)) * m.scale
-        return y if m.bias is None else y + m.bias
-    flat = x.reshape(-1, x.shape[-1]).float()
     if m.w.dtype == torch.uint8:
-        flat, y = pad_to_8(flat).contiguous(), flat.new_empty(len(flat), m.N)
-        library().linear8(ctypes.byref(c_matrix(m)), flat.data_ptr(), y.data_ptr(), len(y),
-                          n_threads())
-    else:
-        q, scale = whole_numbers(flat)
-        y = F.linear(q, m.w.float()) * (scale * m.scale)
-        y = y if m.bias is None else y + m.bias
-    return y.view(*x.shape[:-1], m.N)
+        flat = pad_to_8(x.reshape(-1, m.K).float()).contiguous()
+        y = flat.new_empty(len(flat), m.N)
+        library().linear8(packed(*c_matrix(m)), packed(flat, None, y, len(y), n_threads()))
+        return y.view(*x.shape[:-1], m.N)
+    q, scale = whole_numbers(x.float()) if x.is_cpu else (x, 1)
+    y = F.linear(q, m.w.to(q.dtype)) * (scale * m.scale)
+    return y if m.bias is None else y + m.bias
 
 def int8_experts(x, mask, bundle, rho=None):
     """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
@@ -772,110 +706,78 @@ def int8_experts(x, mask, bundle, rho=None):
         assert not bundle.offsets.remainder(8).any(), 'experts are whole blocks: MLP.quantize'
         flat, mask = pad_to_8(x.float()).contiguous(), mask.contiguous()
         y = torch.zeros_like(flat)
-        h = flat.new_empty(FEW, w_in.N)
-        addresses = (t.data_ptr() for t in (flat, mask, h, y))
-        library().experts8(ctypes.byref(c_ffn(bundle)), *addresses, len(x), n_threads())
+        library().experts8(packed(*c_ffn(bundle)), packed(flat, mask, y, len(x), n_threads()))
         return y[:, :x.shape[1]].to(x.dtype)
-    a = ACTIVATIONS[act](int8_linear(x, w_in))
-    a = masked(a, mask, bundle.offsets) * w_out.scale
+    a = masked(ACTIVATIONS[act](int8_linear(x, w_in)), mask, bundle.offsets) * w_out.scale
     q, scale = whole_numbers(a)
     y = q @ w_out.w.float() * scale
     return (y if w_out.bias is None else y + w_out.bias).to(x.dtype)
 
+ones = functools.cache(torch.ones)
+
 def c_matrix(m):
+    """The fields of a struct of that name, as the next ones."""
     rows, columns, _ = m.w.shape
     if m.by_column:
-        return CMatrix(m.w.data_ptr(), ones(8 * columns).data_ptr(), m.bias.data_ptr(), m.K,
-                       8 * rows, 64, 64 * columns)
-    return CMatrix(m.w.data_ptr(), m.scale.data_ptr(), m.bias.data_ptr(), m.N, 8 * columns,
-                   64 * columns, 64)
-
-@functools.cache
-def ones(n):
-    return torch.ones(n)
+        return m.w, ones(8 * columns), m.bias, m.K, 8 * rows, 64, 64 * columns
+    return m.w, m.scale, m.bias, m.N, 8 * columns, 64 * columns, 64
 
 def c_ffn(bundle):
-    return CFfn(c_matrix(bundle.w_in), c_matrix(bundle.w_out), bundle.w_out.scale.data_ptr(),
-                bundle.offsets.data_ptr(), len(bundle.offsets) - 1,
-                list(ACTIVATIONS).index(bundle.act))
+    return (*c_matrix(bundle.w_in), *c_matrix(bundle.w_out), bundle.w_out.scale, bundle.offsets,
+            len(bundle.offsets) - 1, list(ACTIVATIONS).index(bundle.act))
 
 def int8_layer(qkv, o, bundle, norms, router=None):
     """A block for encode_int8: matrices as Int8; norms: scale and shift of both LayerNorms; router:
-    its two matrices, whether the rule is dynk, tau, floor. The caller keeps all of them alive."""
-    layer = CLayer(qkv=c_matrix(qkv), o=c_matrix(o), ffn=c_ffn(bundle))
-    names = 'scale_1', 'shift_1', 'scale_2', 'shift_2'
-    for name, t in zip(names, norms):
-        setattr(layer, name, t.data_ptr())
-    if router is not None:
-        first, second, layer.dynk, layer.tau, layer.floor = router
-        layer.router_1, layer.router_2 = c_matrix(first), c_matrix(second)
-    return layer
+    its two matrices, whether the rule is dynk, tau, floor. The caller keeps all of them alive.
+    -> the beginning of a Layer, and the number of experts that its router chooses from."""
+    *matrices, dynk, tau, floor = router or (False, 0, 0)
+    routing = [field for m in matrices for field in c_matrix(m)] or [None] * 14
+    return packed(*c_matrix(qkv), *c_matrix(o), *routing, *c_ffn(bundle), dynk, float(tau),
+                  float(floor), *norms), len(bundle.offsets) - 1 if router else 0
 
-def c_attention(q, k, v, stride, y, layout, heads, d, cache=None, only=False):
-    """q, k, v: addresses of rows `stride` floats apart; y: of the result's (T, D)."""
+def c_attention(q, k, v, y, layout, cache=None, only=False):
+    """q, k, v (T, heads, d), rows equally far apart; y: of the result."""
     past, size = (cache.n, cache.size) if cache is not None else (0, layout.L)
     assert past + layout.L <= size, f'the cache has room for {size} tokens'
-    old = (cache.k.data_ptr(), cache.v.data_ptr()) if cache is not None else (None, None)
-    return CAttention(q, k, v, y, layout.starts.data_ptr(), *old, layout.B, heads,
-                      d, stride, layout.L, past, size, layout.causal, only, n_threads())
+    old = (cache.k, cache.v) if cache is not None else (None, None)
+    return (q, k, v, y, layout.starts, *old, layout.B, *k.shape[1:], k.stride(0), layout.L, past,
+            size, layout.causal, only, n_threads())
 
 def cpp_attention(q, k, v, layout, cache=None, only=False):
     """`attention` on a CPU, computed in fp32."""
-    (T, heads, d), dtype = k.shape, q.dtype
-    q, k, v = q.float(), k.float(), v.float()
+    q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
     y = q.new_empty(q.shape)
     if cache is not None:
-        cache.reserve(layout.B, heads, d, k)
+        cache.reserve(layout.B, *k.shape[1:], k)
     # the kernel finds the q of a sequence where its tokens are
     if only:
         q = torch.empty_like(k).index_copy_(0, layout.head_rows(), q)
     q, k, v = (t.contiguous() for t in (q, k, v))
-    addresses = (t.data_ptr() for t in (q, k, v))
-    call = c_attention(*addresses, heads * d, y.data_ptr(), layout, heads, d, cache, only)
-    library().attention(ctypes.byref(call))
+    library().attention(packed(*c_attention(q, k, v, y, layout, cache, only)))
     if cache is not None:
         cache.n += layout.L
     return y.to(dtype)
 
-class Int8Blocks(NamedTuple):
-    """The blocks of a model as encode_int8 takes them, and the sizes of the room it needs."""
-    layers: ctypes.Array               # of CLayer
-    H: int
-    W: int                             # of the widest router
-    R: int
-    E: int
-
-    @staticmethod
-    def of(layers):
-        W, R, E = (max(sizes) for sizes in zip(*(
-            (layer.router_1.N, layer.router_2.N, layer.ffn.E) for layer in layers)))
-        return Int8Blocks((CLayer * len(layers))(*layers), layers[0].ffn.w_in.N, W, R, E)
-
 def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
-    """The blocks of a model in int8, as one call: x (T, D) fp32 -> (T, D), in place; with `only`
-    (B, D): the last block is needed for the tokens layout.head_rows() alone. masks: a list that
-    receives each block's (T, E), None where it has no router."""
-    (T, D), d = x.shape, x.shape[1] // n_head
-    # another thread may be in the same model
-    layers = type(blocks.layers).from_buffer_copy(blocks.layers)
-    for i, layer in enumerate(layers):
+    """The blocks of a model in int8, a list of int8_layer(), as one call: x (T, D) fp32 -> (T, D),
+    in place; with `only` (B, D): the last block is needed for the tokens layout.head_rows() alone.
+    masks: a list that receives each block's (T, E), None where it has no router."""
+    (T, D), layers = x.shape, []
+    qkv, y = x.new_empty(T, 3, n_head, D // n_head), x.new_empty(T, D)
+    attention = c_attention(*qkv.unbind(1), y, layout, cache[0] if cache else None, only)
+    for i, (layer, E) in enumerate(blocks):
+        k = v = mask = None
         if cache:
-            cache[i].reserve(layout.B, n_head, d, x)
-            layer.k, layer.v = cache[i].k.data_ptr(), cache[i].v.data_ptr()
+            cache[i].reserve(layout.B, *qkv.shape[2:], x)
+            k, v = cache[i].k, cache[i].v
+            cache[i].n += layout.L
         if masks is not None:
-            rows = layout.B if only and i == len(layers) - 1 else T
-            routed = torch.empty(rows, layer.ffn.E, dtype=torch.bool) if layer.router_1.w else None
-            masks.append(routed)
-            layer.mask = None if routed is None else routed.data_ptr()
-    room = x.new_empty(4 * T * D + FEW * blocks.H)
-    q, y, h = (room.data_ptr() + 4 * n for n in (0, 3 * T * D, 4 * T * D))
-    attention = c_attention(q, q + 4 * D, q + 8 * D, 3 * D, y, layout, n_head, d,
-                            cache[0] if cache else None, only)
-    model = CModel(ctypes.addressof(layers), x.data_ptr(), h, q, attention, len(layers), T,
-                   *blocks[1:], pre_ln, only, eps)
-    library().encode(ctypes.byref(model))
-    for layer_cache in cache or ():
-        layer_cache.n += layout.L
+            rows = layout.B if only and i == len(blocks) - 1 else T
+            mask = torch.empty(rows, E, dtype=torch.bool) if E else None
+            masks.append(mask)
+        layers.append(layer + packed(k, v, mask))
+    model = packed(x, qkv, *attention, len(layers), T, pre_ln, only, float(eps))
+    library().encode(b''.join(layers), model)
     return x[:layout.B] if only else x
 
 # What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
@@ -993,8 +895,13 @@ static inline v4 lane_sums(const vf* acc) {
     return v4{ab[0], ab[1], cd[0], cd[1]} + v4{ab[2], ab[3], cd[2], cd[3]};
 }
 
-static float sum_of(vf v) { const v4 s = fold(v); return (s[0] + s[1]) + (s[2] + s[3]); }
-static i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+static i64 pieces(i64 n, i64 most) { return (n + most - 1) / most; }  // into which n is cut
+static i64 round_up(i64 n, i64 to) { return pieces(n, to) * to; }
+// f(N) for the n <= N that is known only now
+template <int N, class F> static void constant(i64 n, F f) {
+    if (n == N) return f(std::integral_constant<int, N>());
+    if constexpr (N > 1) constant<N - 1>(n, f);
+}
 // e^x to 2e-7; NaN stays NaN
 template <class V> static inline V exponential(V x) {
     typedef uint32_t U __attribute__((vector_size(sizeof(V))));
@@ -1021,7 +928,7 @@ __attribute__((noinline)) static v4 gelu(v4 h, int act) { return activate(h, act
 template <class W> struct Job {  // one call; kernel.py fills it through ctypes
     const W* x; const uint8_t* mask; const W* w_in; const float* b_in; const W* w_out;
     const float* b_out; const int* offsets; W* y; i64 T, D, E, act, threads;
-    i64 strips() const { return (D + STRIP - 1) / STRIP; }
+    i64 strips() const { return pieces(D, STRIP); }
 };
 struct Buffer {  // aligned, so that no vector of ours straddles two cache lines
     float* p;
@@ -1085,12 +992,11 @@ template <class W, class X>
 static void hidden(const Job<W>& job, X* x, int n, i64 j0, i64 j1, i64 g0, Scratch& my) {
     // SPAN tokens at a time: their rows of x stay in the L2 cache for all the neurons
     for (int i = 0; i < n; i += SPAN) for (i64 j = j0, nj; j < j1; j += nj) {
-        i64 left = (j1 - j + 3) / 4;
-        nj = (j1 - j + left - 1) / left;
-        auto* f = nj == 4 ? tiles<W, 3, 4, X> : nj == 3 ? tiles<W, 3, 3, X>
-                : nj == 2 ? tiles<W, 3, 2, X> : tiles<W, 3, 1, X>;
-        f(x, &my.token[i], std::min<int>(SPAN, n - i), job.w_in + j * job.D,
-          job.b_in ? job.b_in + j : nullptr, job.D, job.act, j - g0, my);
+        nj = pieces(j1 - j, pieces(j1 - j, 4));
+        constant<4>(nj, [&](auto NJ) {
+            tiles<W, 3, NJ>(x, &my.token[i], std::min<int>(SPAN, n - i), job.w_in + j * job.D,
+                            job.b_in ? job.b_in + j : nullptr, job.D, job.act, j - g0, my);
+        });
     }
 }
 
@@ -1165,9 +1071,8 @@ static void finish(const Job<W>& job, float* sums, i64 chunks, i64 n, i64 t, W* 
 template <class W> static void many(const Job<W>& job) {
     // Blocks: a multiple of the threads in number; 256 tokens where x and y then fit the L2 cache,
     // else 512, since a block reads all the weights. No token's result depends on its block.
-    i64 T = job.T, D = job.D, limit = D > 256 ? 512 : 256, blocks = (T + limit - 1) / limit;
-    blocks = (blocks + job.threads - 1) / job.threads * job.threads;
-    i64 block = std::max<i64>((T + blocks - 1) / blocks, 16);
+    i64 T = job.T, D = job.D, blocks = round_up(pieces(T, D > 256 ? 512 : 256), job.threads);
+    i64 block = std::max<i64>(pieces(T, blocks), 16);
     #pragma omp parallel num_threads(job.threads)
     {
         Scratch my(block, D, GROUP);
@@ -1227,20 +1132,17 @@ struct Room {
 // scores of n keys -> their softmax but for the factor that is returned
 static float softmax(float* s, i64 n) {
     vf top = vf{} - INFINITY, sum = {};
-    vi lane;
-    for (int k = 0; k < LANES; k++) lane[k] = k;
-    for (i64 j = 0; j < n; j += LANES) {
-        const vf v = lane < (uint32_t)(n - j) ? load(s + j) : vf{} - INFINITY;
-        top = v > top ? v : top;
-    }
+    for (i64 j = n; j < round_up(n, LANES); j++) s[j] = -INFINITY;
+    for (i64 j = 0; j < n; j += LANES) top = load(s + j) > top ? load(s + j) : top;
     float most = top[0];
     for (int k = 1; k < LANES; k++) most = std::max(most, top[k]);
     for (i64 j = 0; j < n; j += LANES) {
-        const vf v = lane < (uint32_t)(n - j) ? exponential(load(s + j) - most) : vf{};
+        const vf v = exponential(load(s + j) - most);
         *(vu*)(s + j) = v;
         sum += v;
     }
-    return 1 / sum_of(sum);
+    const v4 part = fold(sum);
+    return 1 / ((part[0] + part[1]) + (part[2] + part[3]));
 }
 // NQ queries from i on; query t sees `seen` + t * causal keys
 template <int NQ> static void ask(const Head& h, i64 i, i64 seen, bool causal, Room& my) {
@@ -1269,12 +1171,29 @@ template <int NQ> static void ask(const Head& h, i64 i, i64 seen, bool causal, R
         }
     }
 }
-template <int NQ>
-static void ask_some(i64 nq, const Head& h, i64 i, i64 seen, bool causal, Room& my) {
-    if (nq == NQ) return ask<NQ>(h, i, seen, causal, my);
-    if constexpr (NQ > 1) ask_some<NQ - 1>(nq, h, i, seen, causal, my);
-}
-static void attend(const Head& h, i64 n, i64 L, bool causal, Room& my) {
+
+// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where
+// only the first token (causal: the last) asks. The cache (B, heads, size, d), old_k and old_v,
+// holds `past` tokens of each sequence.
+struct Attention {
+    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;
+    i64 B, heads, d, stride, longest, past, size, causal, only, threads;
+    i64 head_row(i64 b) const { return causal ? starts[b + 1] - 1 : starts[b]; }
+};
+static void attend(const Attention& a, i64 item, Room& my) {
+    const i64 b = item / a.heads, at = item % a.heads * a.d, D = a.heads * a.d, first = a.starts[b];
+    const i64 all = a.starts[b + 1] - first, row = a.only ? a.head_row(b) : first;
+    const i64 n = a.only ? 1 : all, L = a.past + all;
+    Head h{a.q + row * a.stride + at, a.k + first * a.stride + at, a.v + first * a.stride + at,
+           a.y + (a.only ? b : first) * D + at, a.stride, a.stride, D, a.d};
+    if (a.old_k) {
+        float *k = a.old_k + item * a.size * a.d, *v = a.old_v + item * a.size * a.d;
+        for (i64 t = 0; t < all; t++) {
+            memcpy(k + (a.past + t) * a.d, h.k + t * h.ks, a.d * 4);
+            memcpy(v + (a.past + t) * a.d, h.v + t * h.ks, a.d * 4);
+        }
+        h.k = k, h.v = v, h.ks = a.d;
+    }
     for (i64 c = 0; c < h.d; c++) {
         float* keys = my.keys + c * my.wide;
         for (i64 j = 0; j < L; j++) keys[j] = h.k[j * h.ks + c];
@@ -1283,33 +1202,11 @@ static void attend(const Head& h, i64 n, i64 L, bool causal, Room& my) {
     }
     for (i64 j = 0; j < L; j++) memcpy(my.values + j * my.deep, h.v + j * h.ks, h.d * 4);
     for (i64 i = 0, nq; i < n; i += nq) {
-        const i64 left = (n - i + 7) / 8;
-        nq = (n - i + left - 1) / left;
-        ask_some<8>(nq, h, i, causal ? L - n + i + 1 : L, causal, my);
+        nq = pieces(n - i, pieces(n - i, 8));
+        constant<8>(nq, [&](auto NQ) {
+            ask<NQ>(h, i, a.causal ? L - n + i + 1 : L, a.causal, my);
+        });
     }
-}
-
-// q, k, v: rows `stride` apart, of B sequences that start at `starts`; y (T, D), or (B, D) where
-// only the first token (causal: the last) asks. The cache (B, heads, size, d), old_k and old_v,
-// holds `past` tokens of each sequence.
-struct Attention {
-    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;
-    i64 B, heads, d, stride, longest, past, size, causal, only, threads;
-};
-static void attend(const Attention& a, i64 item, Room& room) {
-    const i64 b = item / a.heads, c = item % a.heads * a.d, D = a.heads * a.d, first = a.starts[b];
-    const i64 n = a.starts[b + 1] - first, row = first + (a.only && a.causal ? n - 1 : 0);
-    Head h{a.q + row * a.stride + c, a.k + first * a.stride + c, a.v + first * a.stride + c,
-           a.y + (a.only ? b : first) * D + c, a.stride, a.stride, D, a.d};
-    if (a.old_k) {
-        float *k = a.old_k + item * a.size * a.d, *v = a.old_v + item * a.size * a.d;
-        for (i64 t = 0; t < n; t++) {
-            memcpy(k + (a.past + t) * a.d, h.k + t * h.ks, a.d * 4);
-            memcpy(v + (a.past + t) * a.d, h.v + t * h.ks, a.d * 4);
-        }
-        h.k = k, h.v = v, h.ks = a.d;
-    }
-    attend(h, a.only ? 1 : n, a.past + n, a.causal, room);
 }
 extern "C" void attention(const Attention* a) {
     #pragma omp parallel num_threads(a->threads)
@@ -1388,7 +1285,6 @@ static inline Narrow narrow(const Whole* x) {
     int v; memcpy(&v, x, 4);
     return _mm256_set1_epi32(v);
 }
-static inline v8i total(const Sum& s) { return (v8i)s; }
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SHORT = 6, SURPLUS = 0, FULL = 60 };
@@ -1408,7 +1304,6 @@ static inline Sum add(Sum s, Wide w, Narrow x) {
     for (int i = 0; i < 2; i++) s.v[i] = vdotq_s32(s.v[i], w.v[i], x);
     return s;
 }
-static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
 #else
 enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SHORT = 3, SURPLUS = 128, FULL = 60 };
 typedef s8 Whole;
@@ -1421,7 +1316,9 @@ static inline Sum add(Sum s, Wide w, Narrow x) {
     for (int i = 0; i < 64; i++) s.v[i / 8] += w[i] * x[i % 8];
     return s;
 }
-static inline v8i total(const Sum& s) { v8i out; memcpy(&out, s.v, 32); return out; }
+#endif
+#ifndef __AVX512VNNI__
+static inline v8i total(const Sum& s) { v8i out; memcpy(&out, &s, 32); return out; }
 #endif
 typedef Whole v8w __attribute__((vector_size(8 * sizeof(Whole)), aligned(1), may_alias));
 extern "C" i64 columns() { return COLUMNS; }
@@ -1523,63 +1420,24 @@ static void multiply(const Matrix& m, const Rows& x, const int* rows, i64 p, Out
         add_block<NT, NP>(sum, xs, k, m.w + p * m.panel + k * m.step, m.panel);
     write<NT, NP>(sum, m, x, rows, p, out);
 }
-template <int NT, int NP>
-static void tile(i64 nt, const Matrix& m, const Rows& x, const int* rows, i64 p, Out out) {
-    if (nt == NT) return multiply<NT, NP>(m, x, rows, p, out);
-    if constexpr (NT > 1) tile<NT - 1, NP>(nt, m, x, rows, p, out);
+// n rows in nearly equal tiles of at most MOST
+template <int MOST, int NP>
+static void tiled(const Matrix& m, const Rows& x, const int* rows, i64 n, i64 p, Out out) {
+    for (i64 t = 0, nt; t < n; t += nt) {
+        nt = pieces(n - t, pieces(n - t, MOST));
+        constant<MOST>(nt, [&](auto NT) { multiply<NT, NP>(m, x, rows + t, p, out); });
+    }
 }
-// n rows and panels p0 .. p1, in nearly equal tiles
 static void product(const Matrix& m, const Rows& x, const int* rows, i64 n, i64 p0, i64 p1,
                     Out out) {
-    for (i64 p = p0, np; p < p1; p += np) {
-        np = p1 - p >= PANELS ? PANELS : p1 - p >= 2 ? 2 : 1;
-        const i64 most = np == PANELS ? TOKENS : np == 2 ? 3 * TOKENS / 2 : 2 * TOKENS;
-        for (i64 t = 0, nt; t < n; t += nt) {
-            const i64 left = (n - t + most - 1) / most;
-            nt = (n - t + left - 1) / left;
-            auto* f = np == PANELS ? tile<TOKENS, PANELS> : np == 2 ? tile<3 * TOKENS / 2, 2>
-                                                                    : tile<2 * TOKENS, 1>;
-            f(nt, m, x, rows + t, p, out);
-        }
-    }
+    for (; p0 + PANELS <= p1; p0 += PANELS) tiled<TOKENS, PANELS>(m, x, rows, n, p0, out);
+    for (; p0 + 2 <= p1; p0 += 2) tiled<3 * TOKENS / 2, 2>(m, x, rows, n, p0, out);
+    if (p0 < p1) tiled<2 * TOKENS, 1>(m, x, rows, n, p0, out);
 }
 // n rows from 0 on and the part's share of the panels
 static void product(const Matrix& m, const Rows& x, i64 n, i64 part, i64 parts, Out out) {
     const i64 P = m.panels();
     product(m, x, x.ids.data(), n, P * part / parts, P * (part + 1) / parts, out);
-}
-struct Strip {  // room for 64 blocks of SHORT panels of a matrix, and for the sums of n rows
-    Buffer w, sums; std::vector<const Whole*> at;
-    Strip(i64 n)
-        : w(64 * SHORT * 16), sums(std::max<i64>(n * SHORT, FEW * LONG) * sizeof(Sum) / 4), at(n) {}
-};
-// n rows of x, each nothing but the blocks in its `live`: NP panels at a time, 64 blocks of them,
-// which many rows read from a copy in the L1 cache
-template <int NP>
-static void sparse(const Matrix& m, const Rows& x, const u64* live, i64 n, i64 p, i64 p1, Out out,
-                   Strip& my) {
-    const i64 K = x.K / 8, words = (K + 63) / 64;
-    for (; p + NP <= p1; p += NP) {
-        for (i64 t = 0; t < n; t++) my.at[t] = x.q.data() + t * x.K;
-        for (i64 k = 0; k < K; k += 64) {
-            const u8* w = m.w + p * 64 + k * m.step;
-            for (i64 i = 0; i < std::min<i64>(64, K - k) && n > FEW; i++)
-                memcpy((u8*)my.w.p + i * NP * 64, w + i * m.step, NP * 64);
-            const i64 step = n > FEW ? NP * 64 : m.step;
-            w = n > FEW ? (u8*)my.w.p : w;
-            for (i64 t = 0; t < n; t++) {
-                Sum sum[1][NP] = {}, *kept = (Sum*)my.sums.p + t * NP;
-                if (k > 0) for (int i = 0; i < NP; i++) sum[0][i] = kept[i];
-                const Whole* xt[1] = {my.at[t]};
-                for (u64 left = live[t * words + k / 64]; left; left &= left - 1, xt[0] += 8)
-                    add_block<1, NP>(sum, xt, 0, w + __builtin_ctzll(left) * step, 64);
-                my.at[t] = xt[0];
-                if (k + 64 < K) for (int i = 0; i < NP; i++) kept[i] = sum[0][i];
-                else write<1, NP>(sum, m, x, &x.ids[t], p, out);
-            }
-        }
-    }
-    if constexpr (NP > 1) sparse<(NP + 1) / 2>(m, x, live, n, p, p1, out, my);
 }
 struct Ffn {
     Matrix in, out; const float* fold;  // of w_out's rows: h is multiplied by it, out.scale is 1
@@ -1590,10 +1448,12 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     Rows x, h;
     std::vector<u8> mask; std::vector<int> rows, some;
     std::vector<u64> live;  // which blocks of h are not zero
-    std::vector<v8i> most; Strip strip;
+    std::vector<v8i> most; std::vector<const Whole*> at;
+    Buffer strip, sums;     // 64 blocks of SHORT panels of w_out, and the sums of n rows
     Worker(i64 n, i64 D, i64 H, i64 E)
         : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), rows(n * E), some(E),
-          live(n * ((H / 8 + 63) / 64)), most(n), strip(n) {}
+          live(n * pieces(H / 8, 64)), most(n), at(n), strip(64 * SHORT * 16),
+          sums(std::max<i64>(n * SHORT, FEW * LONG) * sizeof(Sum) / 4) {}
 
     // h (n, H): the hidden units of the chosen experts, the part's share of them; n <= this->n
     void hidden(const Ffn& f, i64 n, float* h, i64 part, i64 parts) {
@@ -1625,7 +1485,7 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     }
     // y (n, D) += h @ w_out, the part's share of the columns
     void output(const Ffn& f, i64 n, const float* unit, float* y, i64 part, i64 parts) {
-        const i64 words = (H / 8 + 63) / 64, P = f.out.panels();
+        const i64 words = pieces(H / 8, 64), P = f.out.panels();
         const i64 p0 = P * part / parts, p1 = P * (part + 1) / parts;
         i64 filled = 0;
         std::fill_n(live.begin(), n * words, 0);
@@ -1647,8 +1507,34 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
         for (i64 t = 0; t < n; t++)
             h.set(t, unit + t * H, most[t], live.data() + t * words, packed);
         if (!packed) return product(f.out, h, x.ids.data(), n, p0, p1, {y, D, true});
-        auto* f2 = n > FEW ? sparse<SHORT> : sparse<LONG>;
-        f2(f.out, h, live.data(), n, p0, p1, {y, D, true}, strip);
+        if (n > FEW) sparse<SHORT>(f.out, n, p0, p1, {y, D, true});
+        else sparse<LONG>(f.out, n, p0, p1, {y, D, true});
+    }
+    // n rows of h, each nothing but the blocks in its `live`: NP panels at a time, 64 blocks of
+    // them, which many rows read from a copy in the L1 cache
+    template <int NP> void sparse(const Matrix& m, i64 n, i64 p, i64 p1, Out out) {
+        const i64 K = H / 8, words = pieces(K, 64);
+        for (; p + NP <= p1; p += NP) {
+            for (i64 t = 0; t < n; t++) at[t] = h.q.data() + t * H;
+            for (i64 k = 0; k < K; k += 64) {
+                const u8* w = m.w + p * 64 + k * m.step;
+                for (i64 i = 0; i < std::min<i64>(64, K - k) && n > FEW; i++)
+                    memcpy((u8*)strip.p + i * NP * 64, w + i * m.step, NP * 64);
+                const i64 step = n > FEW ? NP * 64 : m.step;
+                w = n > FEW ? (u8*)strip.p : w;
+                for (i64 t = 0; t < n; t++) {
+                    Sum sum[1][NP] = {}, *kept = (Sum*)sums.p + t * NP;
+                    if (k > 0) for (int i = 0; i < NP; i++) sum[0][i] = kept[i];
+                    const Whole* xt[1] = {at[t]};
+                    for (u64 left = live[t * words + k / 64]; left; left &= left - 1, xt[0] += 8)
+                        add_block<1, NP>(sum, xt, 0, w + __builtin_ctzll(left) * step, 64);
+                    at[t] = xt[0];
+                    if (k + 64 < K) for (int i = 0; i < NP; i++) kept[i] = sum[0][i];
+                    else write<1, NP>(sum, m, h, &h.ids[t], p, out);
+                }
+            }
+        }
+        if constexpr (NP > 1) sparse<(NP + 1) / 2>(m, n, p, p1, out);
     }
     template <class F> void each_expert(const Ffn& f, i64 t, F call) {
         for (i64 e0 = 0; e0 < f.E; e0 += 8) {
@@ -1665,8 +1551,7 @@ static i64 block_size(i64 T, i64 threads, i64 weights) {
     // A block reads all the weights: the larger they are, from further away. As many blocks for
     // each thread.
     const i64 limit = weights > 2 << 20 ? 256 : 64;
-    const i64 blocks = round_up((T + limit - 1) / limit, threads);
-    return T <= FEW ? FEW : (T + blocks - 1) / blocks;
+    return T <= FEW ? FEW : pieces(T, round_up(pieces(T, limit), threads));
 }
 static void wait() {
     #pragma omp barrier
@@ -1677,33 +1562,35 @@ template <class... Stages> static void run_stages(i64 T, i64 block, Stages... st
     for (i64 t0 = 0; t0 < T; t0 += block) (stages(t0, std::min(block, T - t0), 0, 1), ...);
 }
 
+struct Call { const float* x; const u8* mask; float* y; i64 T, threads; };
 // y (T, N) = x (T, K) @ m.T + bias
-extern "C" void linear8(const Matrix* m, const float* x, float* y, i64 T, i64 threads) {
-    const i64 block = block_size(T, threads, m->N * m->K);
-    #pragma omp parallel num_threads(threads)
+extern "C" void linear8(const Matrix* m, const Call* c) {
+    const i64 block = block_size(c->T, c->threads, m->N * m->K);
+    #pragma omp parallel num_threads(c->threads)
     {
         Rows rows(block, m->K);
-        run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-            for (i64 t = 0; t < n; t++) rows.set(t, x + (t0 + t) * m->K);
-            product(*m, rows, n, part, parts, {y + t0 * m->N, m->N, false});
+        run_stages(c->T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+            for (i64 t = 0; t < n; t++) rows.set(t, c->x + (t0 + t) * m->K);
+            product(*m, rows, n, part, parts, {c->y + t0 * m->N, m->N, false});
         });
     }
 }
-// y (T, D) += the FFN of x by the experts in mask (T, E); h: room for FEW tokens
-extern "C" void experts8(const Ffn* f, const float* x, const u8* mask, float* h, float* y, i64 T,
-                         i64 threads) {
-    const i64 D = f->in.K, H = f->in.N, E = f->E, block = block_size(T, threads, 2 * D * H);
-    #pragma omp parallel num_threads(threads)
+// y (T, D) += the FFN of x by the experts in mask (T, E)
+extern "C" void experts8(const Ffn* f, const Call* c) {
+    const i64 T = c->T, D = f->in.K, H = f->in.N, E = f->E;
+    const i64 block = block_size(T, c->threads, 2 * D * H);
+    Buffer shared(FEW * H);
+    #pragma omp parallel num_threads(c->threads)
     {
         Worker my(block, D, H, E);
         Buffer own(T <= FEW ? 0 : block * H);
-        float* unit = T <= FEW ? h : own.p;
+        float* unit = T <= FEW ? shared : own;
         run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-            for (i64 t = 0; t < n; t++) my.x.set(t, x + (t0 + t) * D);
-            std::copy_n(mask + t0 * E, n * E, my.mask.begin());
+            for (i64 t = 0; t < n; t++) my.x.set(t, c->x + (t0 + t) * D);
+            std::copy_n(c->mask + t0 * E, n * E, my.mask.begin());
             my.hidden(*f, n, unit, part, parts);
         }, [&](i64 t0, i64 n, i64 part, i64 parts) {
-            my.output(*f, n, unit, y + t0 * D, part, parts);
+            my.output(*f, n, unit, c->y + t0 * D, part, parts);
         });
     }
 }
@@ -1712,19 +1599,18 @@ extern "C" void experts8(const Ffn* f, const float* x, const u8* mask, float* h,
 
 struct Layer {
     Matrix qkv, o, r1, r2; Ffn ffn;  // the router's two matrices, null where every expert runs
-    i64 dynk; float tau, floor;      // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
+    i64 dynk; double tau, floor;     // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
     const float *scale1, *shift1, *scale2, *shift2;  // LayerNorms
     float *k, *v; u8* mask;          // cache; room for the (T, E) that were chosen; or null
 };
 struct Model {
-    const Layer* layers; float *x, *h, *qkv; Attention a;
-    i64 n_layer, T, H, W, R, E, pre_ln, only; float eps;
+    float *x, *qkv; Attention a; i64 n_layer, T, pre_ln, only; double eps;
 };
 struct Pass {  // one thread's way through a layer
     const Model& m; const Layer* l; i64 D; Worker my; Rows r; Buffer normed, router, score;
-    Pass(const Model& m, i64 n)
-        : m(m), D(m.a.heads * m.a.d), my(n, D, m.H, m.E), r(n, m.W), normed(n * D),
-          router(n * m.W), score(n * m.R) {}
+    Pass(const Model& m, i64 n, i64 H, i64 W, i64 E)
+        : m(m), D(m.a.heads * m.a.d), my(n, D, H, E), r(n, W), normed(n * D), router(n * W),
+          score(n * E) {}
 
     void norm(float* y, const float* x, bool first) {
         const float *scale = first ? l->scale1 : l->scale2, *shift = first ? l->shift1 : l->shift2;
@@ -1736,7 +1622,7 @@ struct Pass {  // one thread's way through a layer
             *(v8u*)square += v * v;
         }
         for (int i = 0; i < 8; i++) variance += square[i] / D;
-        const float inverse = 1 / sqrtf(variance + m.eps);
+        const float inverse = 1 / sqrtf(variance + (float)m.eps);
         for (i64 i = 0; i < D; i++) y[i] = (x[i] - mean) * inverse * scale[i] + shift[i];
     }
     // Of `only` those tokens alone that go on get a q
@@ -1752,15 +1638,10 @@ struct Pass {  // one thread's way through a layer
         product(l->qkv, my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q), out);
         i64 some = 0;
         for (i64 b = 0; b < m.a.B && only; b++) {
-            const i64 t = (m.a.causal ? m.a.starts[b + 1] - 1 : m.a.starts[b]) - t0;
+            const i64 t = m.a.head_row(b) - t0;
             if (t >= 0 && t < n) my.rows[some++] = t;
         }
         product(l->qkv, my.x, my.rows.data(), some, std::min(from, q), std::min(to, q), out);
-    }
-    // x += attention's output projection
-    void project(i64 t0, i64 n, i64 part, i64 parts) {
-        for (i64 t = 0; t < n; t++) my.x.set(t, m.a.y + (t0 + t) * D);
-        product(l->o, my.x, n, part, parts, {m.x + t0 * D, D, true});
     }
     // What the FFN reads, and which experts each token runs
     void choose(i64 t0, i64 n, i64 part) {
@@ -1783,32 +1664,30 @@ struct Pass {  // one thread's way through a layer
                 s[e] = fabsf(s[e]);
                 most = s[e] > most ? s[e] : most;
             }
-            const float least = l->dynk ? l->tau * most : l->tau;
-            for (i64 e = 0; e < R; e++) run[e] = (s[e] >= least) & (s[e] > l->floor);
+            const float tau = l->tau, floor = l->floor, least = l->dynk ? tau * most : tau;
+            for (i64 e = 0; e < R; e++) run[e] = (s[e] >= least) & (s[e] > floor);
         }
         if (l->mask && part == 0) memcpy(l->mask + t0 * R, my.mask.data(), n * R);
-    }
-    // x (post-LN: what the FFN read) += the FFN
-    void output(i64 t0, i64 n, const float* h, i64 part, i64 parts) {
-        const i64 c0 = D / 8 * part / parts * 8, c1 = D / 8 * (part + 1) / parts * 8;
-        for (i64 t = 0; t < n && !m.pre_ln; t++)
-            memcpy(m.x + (t0 + t) * D + c0, normed + t * D + c0, (c1 - c0) * 4);
-        my.output(l->ffn, n, h, m.x + t0 * D, part, parts);
     }
 };
 
 // x (T, D): embeddings -> last hidden states, or (B, D) where `only` one token of each goes on
-extern "C" void encode(const Model* model) {
+extern "C" void encode(const Layer* layers, const Model* model) {
     const Model& m = *model;
-    const i64 D = m.a.heads * m.a.d, block = block_size(m.T, m.a.threads, 2 * D * m.H);
+    const i64 D = m.a.heads * m.a.d, H = layers->ffn.in.N;
+    const i64 block = block_size(m.T, m.a.threads, 2 * D * H);
+    i64 W = 0, E = 0;
+    for (i64 i = 0; i < m.n_layer; i++)
+        W = std::max(W, layers[i].r1.N), E = std::max(E, layers[i].ffn.E);
+    Buffer shared(FEW * H);
     #pragma omp parallel num_threads(m.a.threads)
     {
         Room room(m.a.past + m.a.longest, m.a.d);
-        Buffer own(block * m.H);
-        Pass my(m, std::max<i64>(block, FEW));  // which `only` may leave
+        Buffer own(block * H);
+        Pass my(m, std::max<i64>(block, FEW), H, W, E);  // which `only` may leave
         i64 T = m.T;
         for (i64 i = 0; i < m.n_layer; i++) {
-            const Layer& l = m.layers[i];
+            const Layer& l = layers[i];
             Attention a = m.a;
             a.old_k = l.k, a.old_v = l.v, a.only = m.only && i == m.n_layer - 1;
             my.l = &l;
@@ -1819,20 +1698,24 @@ extern "C" void encode(const Model* model) {
             for (i64 item = 0; item < a.B * a.heads; item++) attend(a, item, room);
             if (a.only) {
                 #pragma omp single
-                for (i64 b = 0; b < a.B; b++) {
-                    const i64 t = a.causal ? a.starts[b + 1] - 1 : a.starts[b];
-                    memmove(m.x + b * D, m.x + t * D, D * 4);
-                }
+                for (i64 b = 0; b < a.B; b++)
+                    memmove(m.x + b * D, m.x + a.head_row(b) * D, D * 4);
                 T = a.B;
             }
-            float* h = T <= FEW ? m.h : own.p;
+            float* h = T <= FEW ? shared : own;
             run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.project(t0, n, part, parts);
+                // x += attention's output projection
+                for (i64 t = 0; t < n; t++) my.my.x.set(t, m.a.y + (t0 + t) * D);
+                product(l.o, my.my.x, n, part, parts, {m.x + t0 * D, D, true});
             }, [&](i64 t0, i64 n, i64 part, i64 parts) {
                 my.choose(t0, n, part);
                 my.my.hidden(l.ffn, n, h, part, parts);
             }, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.output(t0, n, h, part, parts);
+                // x (post-LN: what the FFN read) += the FFN
+                const i64 c0 = D / 8 * part / parts * 8, c1 = D / 8 * (part + 1) / parts * 8;
+                for (i64 t = 0; t < n && !m.pre_ln; t++)
+                    memcpy(m.x + (t0 + t) * D + c0, my.normed + t * D + c0, (c1 - c0) * 4);
+                my.my.output(l.ffn, n, h, m.x + t0 * D, part, parts);
             }, [&](i64 t0, i64 n, i64 part, i64 parts) {
                 for (i64 t = t0 + part; t < t0 + n && !m.pre_ln; t += parts)
                     my.norm(m.x + t * D, m.x + t * D, false);

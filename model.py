@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import (ACTIVATIONS, Experts, Int8, Int8Blocks, LayerCache, Layout, attention,
+from kernel import (ACTIVATIONS, Experts, Int8, LayerCache, Layout, attention,
                     encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
 from router import CEILINGS, Exits, FLOOR, GRID, Halting, Masks, Norm, Router, Share
 
@@ -152,24 +152,26 @@ class Attention(nn.Module):
             replaced = name in config.projections
             new = MLP(D, projection_width(D), 'relu') if replaced else Linear(D, D)
             setattr(self, name, new)
+        self.qkv = None                 # of an int8 model all three in one
 
     def forward(self, x, layout, cache=None, tap=None, rows=None):
         """x (T, D) -> (T, D), or of `rows` alone: (B, D)."""
-        inputs = x if rows is None else x[rows], x, x
-        q, k, v = (project(t, tap).unflatten(-1, (self.n_head, -1))
-                   for project, t in zip((self.q, self.k, self.v), inputs))  # (T, n_head, d)
+        if self.qkv is not None:
+            q, k, v = linear(x, self.qkv).unflatten(-1, (3, self.n_head, -1)).unbind(1)
+            q = q if rows is None else q[rows]
+        else:
+            inputs = x if rows is None else x[rows], x, x
+            q, k, v = (project(t, tap).unflatten(-1, (self.n_head, -1))
+                       for project, t in zip((self.q, self.k, self.v), inputs))  # (T, n_head, d)
         y = attention(q, k, v, layout, cache, self.dropout if self.training else 0.0)
         return self.o(y.flatten(1), tap)
 
     def quantize(self):
-        """q, k and v are parts of one matrix, so that one product can give all three."""
-        projections, D = (self.q, self.k, self.v), self.q.weight.shape[1]
+        """q, k and v become one matrix, so that one product gives all three."""
+        projections = self.q, self.k, self.v
         self.qkv = int8(torch.cat([p.weight for p in projections]),
                         torch.cat([p.bias for p in projections]))
-        for i, p in enumerate(projections):
-            quantize(p)
-            if D % 8 == 0:
-                p.weight = self.qkv.part(i * D, i * D + D)
+        self.q = self.k = self.v = None
         quantize(self.o)
 
 class Block(nn.Module):
@@ -605,7 +607,7 @@ def int8_blocks(model):
         norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
         layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, block.mlp.experts, norms,
                                  routing))
-    return Int8Blocks.of(layers)
+    return layers
 
 def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
