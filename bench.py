@@ -38,9 +38,9 @@ import torch
 import torch.nn.functional as F
 
 import kernel
-from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
-                   cross_entropy, export_plain, load, n_tokens, pad, read_checkpoint, reason, save,
-                   transformers, write_atomically)
+from model import (MLP, BadInput, Config, Masks, Transformer, build, check_writable,
+                   checkpoint_hash, cross_entropy, export_plain, load, n_tokens, pad,
+                   read_checkpoint, reason, save, transformers, write_atomically)
 from router import CEILINGS, CONFIDENCE, FLOOR, GRID, ROUTERS, Router
 from sparsify import statistics as sparsity_statistics
 
@@ -128,12 +128,11 @@ def entries(found, paths=()):
     others = [entry(path, unsaid | dict(phase=os.path.basename(path)) | read_checkpoint(path))
               for path in paths]
     for phase in ('dense', 'sparsify'):
-        of_phase = [e for e in standing if e.data['phase'] == phase][:1]
-        if not chosen + of_phase:
-            raise BadInput(f'there is no finished checkpoint of phase {phase} to compare with'
+        chosen += [e for e in standing if e.data['phase'] == phase][:1]
+        if not chosen:
+            raise BadInput('there is no finished checkpoint of phase dense to compare with'
                            + (f' beside {paths[0]}' if paths else '')
-                           + f': make it with python train.py --phase={phase}')
-        chosen += of_phase
+                           + ': make it with python train.py --phase=dense')
     for e in others:
         if e.data.get('step', 0) < e.data.get('steps', 0):
             raise BadInput(f'{e.path} stopped at step {e.data["step"]} of {e.data["steps"]}')
@@ -187,11 +186,10 @@ def quantised_jobs(entries, rows, names):
 
 def classification(predicted, labels):
     """Accuracy, and F1 averaged over the classes that occur: predicted and labels (n,)."""
-    scores = []
-    for c in torch.cat([predicted, labels]).unique():
-        hits = ((predicted == c) & (labels == c)).sum().item()
-        scores.append(2 * hits / ((predicted == c).sum() + (labels == c).sum()).item())
-    return (predicted == labels).float().mean().item(), statistics.mean(scores)
+    classes = torch.cat([predicted, labels]).unique()[:, None]
+    said, true = predicted == classes, labels == classes         # (classes, n) each
+    f1 = 2 * (said & true).sum(1) / (said.sum(1) + true.sum(1))
+    return (predicted == labels).float().mean().item(), f1.mean().item()
 
 def spared(model, inputs):
     """FLOPs per token that are counted and not run: routed, only those of the hidden units that
@@ -307,15 +305,6 @@ def model_for(e, what, loaded, device):
 # what rows call a phase, if not by its name
 ROW_OF = dict(sparsify='sparse', router='d2dmoe')
 
-def finished_row(e, what, model, dense, batches):
-    row, phase, options = row_of(model, dense, batches), e.data['phase'], e.data['options']
-    if what['router_loss'] in CEILINGS:     # they cost nothing, and cannot be timed
-        row |= dict(ms_per_1k_tokens=None, speedup=None)
-    if phase == 'dense' and what['dtype'] == 'fp32':             # dense against itself
-        row['speedup'] = 1.0
-    return dict(method=ROW_OF.get(phase, phase), **what, **row, seed=options.get('seed'),
-                split=options.get('split'), file=e.path)
-
 def evaluate(entries, batches, o, settings, folder, device):
     """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
     table, draw it. Ctrl-C keeps what is done."""
@@ -334,8 +323,14 @@ def evaluate(entries, batches, o, settings, folder, device):
     def measure(e, what):
         key = tuple(what.values())
         if key not in found:
-            model = model_for(e, what, loaded, device)
-            found[key] = finished_row(e, what, model, dense, batches)
+            row = row_of(model_for(e, what, loaded, device), dense, batches)
+            phase, options = e.data['phase'], e.data['options']
+            if what['router_loss'] in CEILINGS:                  # cost nothing, cannot be timed
+                row |= dict(ms_per_1k_tokens=None, speedup=None)
+            if phase == 'dense' and what['dtype'] == 'fp32':     # dense against itself
+                row['speedup'] = 1.0
+            found[key] = dict(method=ROW_OF.get(phase, phase), **what, **row, file=e.path,
+                              seed=options.get('seed'), split=options.get('split'))
 
     mine, rank = {e.hash for e in entries}, {}
     for e, what in jobs:
@@ -442,13 +437,15 @@ def report(rows, curve_rows, activity, folder):
     print(f'{os.path.join(folder, "results.json")} has every row'
           + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
 
-def curves(rows):
-    """{(file, router, rule): its rows} of the routed ones."""
+def grouped(rows, *names):
+    """{the values of these fields: its rows}."""
     out = {}
     for r in rows:
-        if r['rule']:
-            out.setdefault((r['file'], r['router_loss'], r['rule']), []).append(r)
+        out.setdefault(tuple(r[name] for name in names), []).append(r)
     return out
+
+def curves(rows):
+    return grouped((r for r in rows if r['rule']), 'file', 'router_loss', 'rule')
 
 def label(r, rows):
     """How a table names a row's model: by its method, or its file where that is not enough."""
@@ -485,10 +482,8 @@ def print_seeds(results, path):
     same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype', 'taus')
     columns = [(title, name, 16, form) for title, name, _, form in COLUMNS
                if name in ('experts', 'flops', 'delta', 'speedup', 'accuracy')]
-    groups, rows = {}, []
-    for r in (r for result in results for r in result['rows']):
-        groups.setdefault(tuple(r[name] for name in same), []).append(r)
-    for group in groups.values():
+    rows = []
+    for group in grouped((r for result in results for r in result['rows']), *same).values():
         row = {name: group[0][name] for name in same} | dict(seeds=len(group))
         for _, name, _, _ in columns:
             values = [r[name] for r in group if r[name] is not None]
@@ -570,8 +565,7 @@ def plot_layers(rows, path):
     axes.axhline(1, color='black', lw=0.8, label='the fastest dense')
     axes.plot([0, 1], [0, 1], color='grey', lw=0.8, ls=':', label='proportional')
     rows = [r for r in rows if r['suite'] == 'layer' and r['dtype'] == 'float32']
-    for T, s in sorted({(r['T'], r['expert_size']) for r in rows}):
-        curve = [r for r in rows if (r['T'], r['expert_size']) == (T, s)]
+    for (T, s), curve in sorted(grouped(rows, 'T', 'expert_size').items()):
         axes.plot([r['rho'] for r in curve], [1 / r['speedup'] for r in curve], marker='o', ms=3,
                   label=f'T {T}, experts of {s}')
     share.axhline(1, color='black', lw=0.8)
@@ -616,10 +610,8 @@ def plot_methods(rows, path):
     bars.tick_params(labelsize=5)
     bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, cut at 6)')
     own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant']]
-    for marker, name in zip('o*s^vDPX<>', dict.fromkeys(r['method'] for r in own)):
-        points = {}
-        for r in (r for r in own if r['method'] == name):
-            points.setdefault((r['rule'], r['tau']), []).append(r)
+    for marker, ((name,), mine) in zip('o*s^vDPX<>', grouped(own, 'method').items()):
+        points = grouped(mine, 'rule', 'tau')
         for axes, cost in zip(pictures, (lambda r: r['flops'], lambda r: 1 / r['speedup'])):
             line = sorted((100 * statistics.mean(map(cost, of)), [100 * r['delta'] for r in of])
                           for of in points.values()
@@ -654,19 +646,14 @@ class Shape(NamedTuple):
 
 def make_layers(shape, dtype, device):
     """[Experts] of random MLPs with one expert each, so many that no cache holds them."""
-    H, D = shape.H, shape.D
-    one = torch.tensor([0, H], dtype=torch.int32, device=device)
-
-    def make(*size):
-        w = torch.randn(*size, device=device) * 0.02
-        return w if dtype == torch.int8 else w.to(dtype)
-
     def mlp():
-        w_in, b_in, w_out, b_out = make(H, D), make(H), make(H, D), make(D)
+        m = MLP(shape.D, shape.H, 'relu').to(device).requires_grad_(False)
         if dtype == torch.int8:
-            w_in, w_out = kernel.int8(w_in, b_in), kernel.int8(w_out, b_out, by_column=True)
-        return kernel.Experts(w_in, b_in, w_out, b_out, one, 'relu')
-    return [mlp() for _ in range(math.ceil(shape.bytes / (2 * D * H * dtype.itemsize)))]
+            m.quantize()
+            return m.experts
+        return m.to(dtype).experts
+    return [mlp() for _ in range(math.ceil(
+        shape.bytes / (2 * shape.D * shape.H * dtype.itemsize)))]
 
 def dense_mlp(x, w_in, b_in, w_out, b_out, linear=F.linear):
     return linear(F.relu(linear(x, w_in, b_in)), w_out, b_out)
@@ -722,8 +709,8 @@ def layer_suite(o, device, shape):
             rows += layer_rows(o, shape, layers, x, cases, roof, dtype)
         print(f'{str(dtype)[6:]}: peak {roof["peak"] / 1e9:.0f} GFLOP/s (the fastest dense), '
               f'{roof["bandwidth"] / 1e9:.0f} GB/s read\n', flush=True)
-    for dtype in sorted({r['dtype'] for r in rows}):
-        reached = [r['of_limit'] for r in rows if r['dtype'] == dtype and r['rho'] <= 0.5]
+    for (dtype,), of in sorted(grouped(rows, 'dtype').items()):
+        reached = [r['of_limit'] for r in of if r['rho'] <= 0.5]
         print(f'{dtype}, rho <= 0.5: median of_limit {statistics.median(reached):.2f}, '
               f'lowest {min(reached):.2f}')
     line = [r for r in rows if r['suite'] == 'linearity']
@@ -798,9 +785,7 @@ def model_suite(o, device, shape):
         return m.logits(m.encode(idx[:, -1:], cache=cache))
 
     def job(m):
-        if device == 'cpu':
-            return [partial(whole, m)]
-        if not decode:
+        if device == 'cpu' or not decode:
             return replayed([partial(whole, m)])
         cache = [kernel.LayerCache(1024) for _ in m.blocks]
         m.encode(idx, cache=cache)
@@ -886,8 +871,7 @@ class Plain(torch.nn.Module):
         self.model = model
 
     def forward(self, idx, keep):           # (B, L) each
-        more = dict(use_cache=False) if self.model.config.model_type == 'gpt2' else {}
-        return self.model(idx, attention_mask=keep, **more).logits
+        return self.model(idx, attention_mask=keep).logits
 
 class Graph(Plain):
     """Our dense model as engines may trace it: texts with padding; the last block spends q, o and
@@ -923,7 +907,7 @@ class Graph(Plain):
 def hf_model(folder, causal):
     library = transformers()
     kind = library.AutoModelForCausalLM if causal else library.AutoModelForSequenceClassification
-    return kind.from_pretrained(folder).eval().requires_grad_(False)
+    return kind.from_pretrained(folder, use_cache=False).eval().requires_grad_(False)
 
 def feed(c, inputs, only, past=0):
     """{name: tensor} of what a graph takes; only a GPT's for the last token has a cache."""
@@ -1015,7 +999,7 @@ def load_transformers(path, job, c):
 
     def decode(idx):
         return m.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW,
-                          min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+                          min_new_tokens=NEW, do_sample=False, pad_token_id=0, use_cache=True)
     return lambda x, only: plain(x['idx'], x.get('attention_mask')), decode, size
 
 def load_graph(path, job, c):
@@ -1067,16 +1051,14 @@ def load_ctranslate2(path, job, c):
     return forward, decode, os.path.getsize(os.path.join(path, 'model.bin'))
 
 # name: what loads it, dtypes, what `only` its processes run, what has to be installed
-BOTH = (False,), (True,)
+BOTH, GRAPH = ((False,), (True,)), 'transformers onnx onnxscript'
 ENGINES = {
-    'ours': (load_ours, ('fp32', 'bf16', 'int8'), ((False, True),), ()),
-    'transformers': (load_transformers, ('fp32',), BOTH[:1], ('transformers',)),
-    'transformers compiled': (load_transformers, ('fp32',), BOTH[:1], ('transformers',)),
-    'onnxruntime': (load_graph, ('fp32', 'int8'), BOTH,
-                    ('transformers', 'onnx', 'onnxscript', 'onnxruntime')),
-    'openvino': (load_graph, ('fp32', 'bf16', 'int8'), BOTH,
-                 ('transformers', 'onnx', 'onnxscript', 'openvino', 'nncf')),
-    'ctranslate2': (load_ctranslate2, ('fp32', 'int8'), BOTH[:1], ('transformers', 'ctranslate2'))}
+    'ours': (load_ours, ('fp32', 'bf16', 'int8'), ((False, True),), ''),
+    'transformers': (load_transformers, ('fp32',), BOTH[:1], 'transformers'),
+    'transformers compiled': (load_transformers, ('fp32',), BOTH[:1], 'transformers'),
+    'onnxruntime': (load_graph, ('fp32', 'int8'), BOTH, f'{GRAPH} onnxruntime'),
+    'openvino': (load_graph, ('fp32', 'bf16', 'int8'), BOTH, f'{GRAPH} openvino nncf'),
+    'ctranslate2': (load_ctranslate2, ('fp32', 'int8'), BOTH[:1], 'transformers ctranslate2')}
 
 def peak_memory():
     """Of this process, in bytes; 0 where the system does not say."""
@@ -1211,7 +1193,7 @@ def engines_suite(o, device, shape):
     """Ours, dense and converted, and other engines on the dense one."""
     rows, here = [], {}
     for engine, about in ENGINES.items():
-        missing = [name for name in about[3] if importlib.util.find_spec(name) is None]
+        missing = [name for name in about[3].split() if importlib.util.find_spec(name) is None]
         if missing:
             print(f'{engine} is left out: pip install {" ".join(missing)}')
         else:
@@ -1342,51 +1324,42 @@ def engine_rows(name, found, tasks, causal):
 # name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
 # the same base and control, fine-tuned for as many steps. A method is a line here.
 METHODS = {
-    ('dense', ''): ((), 'base dense', ''),
-    ('small', ''): ((), 'base dense', ''),              # 0.69 of the width, half of the FLOPs
-    ('d2dmoe', 'GELU kept'): ((), 'base dense sparsify moefy router', '--activation=gelu '
-                              '--sparsity_loss=gelu_clamp --sparsity_weight=5e-5 '
-                              '--router_loss=norm'),
-    ('d2dmoe', ''): (('dense', ''), 'sparsify moefy router', '--router_loss=norm'),
-    ('ours', ''): (('d2dmoe', ''), 'router', '--router_loss=active'),
-    ('moefication', ''): (('dense', ''), 'sparsify moefy router',
+    ('dense', ''): ('', 'base dense', ''),
+    ('small', ''): ('', 'base dense', ''),              # 0.69 of the width, half of the FLOPs
+    ('d2dmoe', 'GELU kept'): ('', 'base dense sparsify moefy router', '--activation=gelu '
+                              '--sparsity_loss=gelu_clamp --sparsity_weight=5e-5'),
+    ('d2dmoe', ''): ('dense', 'sparsify moefy router', ''),
+    ('ours', ''): ('d2dmoe', 'router', '--router_loss=active'),
+    ('moefication', ''): ('dense', 'sparsify moefy router',
                           '--sparsity_weight=0 --split=coactivation --router_loss=share'),
-    ('masks', ''): (('dense', ''), 'masks', '--n_masks=8'),
-    ('pruning', ''): (('dense', ''), 'prune', '--prune=0.5'),
-    ('d2dmoe', 'share'): (('d2dmoe', ''), 'router', '--router_loss=share'),
-    ('d2dmoe', 'router as the authors'): (('d2dmoe', ''), 'router', '--router_loss=norm '
+    ('masks', ''): ('dense', 'masks', '--n_masks=8'),
+    ('pruning', ''): ('dense', 'prune', '--prune=0.5'),
+    ('d2dmoe', 'share'): ('d2dmoe', 'router', '--router_loss=share'),
+    ('d2dmoe', 'router as the authors'): ('d2dmoe', 'router',
                                           '--router_steps=5000 --router_width=128'),
-    ('d2dmoe', 'random split'): (('d2dmoe', ''), 'moefy router',
-                                 '--split=random --router_loss=norm'),
-    ('d2dmoe', 'co-activation'): (('d2dmoe', ''), 'moefy router',
-                                  '--split=coactivation --router_loss=norm'),
-    ('d2dmoe', 'without sparsification'): (('dense', ''), 'sparsify moefy router',
-                                           '--sparsity_weight=0 --router_loss=norm'),
-    ('d2dmoe', 'penalty / 4'): (('dense', ''), 'sparsify moefy router',
-                                '--sparsity_weight=5e-4 --router_loss=norm'),
-    ('d2dmoe', 'penalty x 4'): (('dense', ''), 'sparsify moefy router',
-                                '--sparsity_weight=8e-3 --router_loss=norm'),
-    ('d2dmoe', 'projections'): (('dense', ''), 'attn sparsify moefy router',
-                                '--attn_projections=qkvo --router_loss=norm'),
-    ('d2dmoe', 'on the pruned'): (('dense', ''), 'prune sparsify moefy router', '--prune=0.5 '
-                                  '--prune_steps=0 --n_experts=64 --router_loss=norm'),
-    ('moefication', 'k-means'): (('moefication', ''), 'moefy router',
+    ('d2dmoe', 'random split'): ('d2dmoe', 'moefy router', '--split=random'),
+    ('d2dmoe', 'co-activation'): ('d2dmoe', 'moefy router', '--split=coactivation'),
+    ('d2dmoe', 'without sparsification'): ('dense', 'sparsify moefy router', '--sparsity_weight=0'),
+    ('d2dmoe', 'penalty / 4'): ('dense', 'sparsify moefy router', '--sparsity_weight=5e-4'),
+    ('d2dmoe', 'penalty x 4'): ('dense', 'sparsify moefy router', '--sparsity_weight=8e-3'),
+    ('d2dmoe', 'projections'): ('dense', 'attn sparsify moefy router', '--attn_projections=qkvo'),
+    ('d2dmoe', 'on the pruned'): ('dense', 'prune sparsify moefy router',
+                                  '--prune=0.5 --prune_steps=0 --n_experts=64'),
+    ('moefication', 'k-means'): ('moefication', 'moefy router',
                                  '--split=kmeans --router_loss=share'),
-    ('moefication', 'random split'): (('moefication', ''), 'moefy router',
+    ('moefication', 'random split'): ('moefication', 'moefy router',
                                       '--split=random --router_loss=share'),
-    ('moefication', 'centres'): (('moefication', ''), 'router',
-                                 '--router_loss=share --router_steps=0'),
-    ('masks', '2 of 8'): (('dense', ''), 'masks', '--n_masks=8 --masks_chosen=2'),
-    ('pruning', 'by output'): (('dense', ''), 'prune', '--prune=0.5 --prune_by=output'),
-    ('pruning', 'three quarters'): (('dense', ''), 'prune', '--prune=0.75'),
-    ('neuron', ''): (('d2dmoe', ''), 'moefy router', '--expert_size=1 --router_loss=active'),
-    ('ours', 'with exits'): (('ours', ''), 'exits', '--exits=1'),
-    ('ours', 'with halting'): (('dense', ''), 'halting sparsify moefy router',
+    ('moefication', 'centres'): ('moefication', 'router', '--router_loss=share --router_steps=0'),
+    ('masks', '2 of 8'): ('dense', 'masks', '--n_masks=8 --masks_chosen=2'),
+    ('pruning', 'by output'): ('dense', 'prune', '--prune=0.5 --prune_by=output'),
+    ('pruning', 'three quarters'): ('dense', 'prune', '--prune=0.75'),
+    ('neuron', ''): ('d2dmoe', 'moefy router', '--expert_size=1 --router_loss=active'),
+    ('ours', 'with exits'): ('ours', 'exits', '--exits=1'),
+    ('ours', 'with halting'): ('dense', 'halting sparsify moefy router',
                                '--halting=1 --router_loss=active'),
-    ('exits', ''): (('dense', ''), 'exits', '--exits=1'),
-    ('halting', ''): (('dense', ''), 'halting', '--halting=1'),
-} | {('d2dmoe', f'experts of {s}'): (('d2dmoe', ''), 'moefy router',
-                                     f'--expert_size={s} --router_loss=norm')
+    ('exits', ''): ('dense', 'exits', '--exits=1'),
+    ('halting', ''): ('dense', 'halting', '--halting=1'),
+} | {('d2dmoe', f'experts of {s}'): ('d2dmoe', 'moefy router', f'--expert_size={s}')
      for s in (4, 16, 32, 64, 128)}
 MAIN = 'dense', 'd2dmoe', 'ours', 'moefication', 'masks', 'pruning'      # three seeds
 
@@ -1394,46 +1367,45 @@ def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(' ', '-').replace('/', 'by')
     return os.path.join(out_dir, f'{name}-s{seed}')
 
-def run_method(train, method, seed, out_dir, options):
+def run_method(train, method, seed, out_dir, typed):
     """Every phase of a method that is not done yet, and its evaluation -> (rows, seconds, base)."""
     start, phases, own = METHODS[method]
     folder = place(out_dir, method, seed)
     # a method's own options hold for its own phases; the files it starts from keep theirs
     names = ['data.pt', 'base.pt', 'dense.pt']
+    os.makedirs(folder, exist_ok=True)
     while start:
-        source, before = place(out_dir, start, seed), phases.split()[0]
+        source, before = place(out_dir, (start, ''), seed), phases.split()[0]
         writes = [cls.writes for cls in train.PHASES.values()]
         names += [f'{name}.pt' for name in writes[:list(train.PHASES).index(before)]]
-        os.makedirs(folder, exist_ok=True)
         for name in names:
-            if os.path.exists(os.path.join(source, name)):
-                to = os.path.join(folder, name)
-                os.path.exists(to) or os.link(os.path.join(source, name), to)
-        start = METHODS[start][0]
-    where = f'--out_dir={folder}'
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                os.link(os.path.join(source, name), os.path.join(folder, name))
+        start = METHODS[start, ''][0]
     # a preset's values are an option each: what an earlier phase was told otherwise stays so
-    preset = next((a[9:] for a in options if a.startswith('--preset=')), '')
-    said = {k: f'--{k}={v}' for k, v in train.PRESETS.get(preset, {}).items() if k != 'out_dir'}
-    said |= {a[2:].partition('=')[0]: a for a in (*options, f'--seed={seed}', *own.split())}
-    if 'expert_size' in said:
+    known, own = train.all_options(), (a[2:].split('=') for a in own.split())
+    own = {name: train.cast(name, text, known[name]) for name, text in own}
+    said = dict(router_loss='norm') | typed | own | dict(seed=seed)
+    if said.get('expert_size'):
         said.pop('n_experts', None)
     # whatever is fine-tuned takes sparsify's steps and rate
     for phase, what in itertools.product(('prune', 'masks', 'halting'), ('steps', 'lr')):
         if f'sparsify_{what}' in said:
-            like = said[f'sparsify_{what}'].replace('sparsify', phase)
-            said.setdefault(f'{phase}_{what}', like)
+            said.setdefault(f'{phase}_{what}', said[f'sparsify_{what}'])
     if method[0] == 'small':
-        D, heads = (int(said.get(k, f'={default}').partition('=')[2])
-                    for k, default in (('n_embd', 256), ('n_head', 4)))
-        said['n_embd'] = f'--n_embd={heads * int(0.69 * D / heads)}'
+        heads = said.get('n_head', 4)
+        said['n_embd'] = heads * int(0.69 * said.get('n_embd', 256) / heads)
+
+    def run(phase, names, **more):
+        mine = {name: value for name, value in said.items() if name in names}
+        return train.run(mine | more | dict(out_dir=folder, phase=phase))
+
     for phase in phases.split():
-        mine = {*train.LOOP, *train.own_options(phase)}
-        train.run(train.parse([*(a for k, a in said.items() if k in mine), where,
-                               f'--phase={phase}']))
-    asked = [said[k] for k in ('eval_batches', 'batch_size') if k in said]
+        run(phase, {*train.LOOP, *train.own_options(phase)})
+    asked = 'eval_batches', 'batch_size'
     if method == ('d2dmoe', ''):            # in its results.json, and so among the rows below
-        train.run(train.parse([*asked, where, '--phase=eval', '--rule=cumulative']))
-    rows = train.run(train.parse([*asked, where, '--phase=eval']))['rows']
+        run('eval', asked, rule='cumulative')
+    rows = run('eval', asked)['rows']
     if method[0] == 'small':                # compared with the other dense one
         dense = place(out_dir, ('dense', ''), seed)
         mine, other = (load(os.path.join(d, 'dense.pt')) for d in (folder, dense))
@@ -1455,13 +1427,12 @@ def method_row(r, rows, method, seed, seconds, base):
         variant = ' '.join(filter(None, [variant, routed * (routed in CEILINGS), r['rule']]))
     alike = [rows[0], *(x for x in rows if x['dtype'] == r['dtype'])]
     best = picked(alike).values() if r['rule'] else [x for x in alike if fits(x, rows)]
+    copied = ('machine', 'flops', 'madds', 'experts', 'metric', 'ms_per_1k_tokens', 'speedup',
+              'weight_bytes', 'tau', 'rule', 'dtype')
     return dict(
-        method=method[0], variant=variant, seed=seed, machine=r.get('machine'), base=base,
-        flops=r['flops'], madds=r['madds'], experts=r['experts'], quality=r[r['metric']],
-        metric=r['metric'], delta=change(r, rows),
-        worse_pick=worse(r, rows, '_pick'), picked=any(r is x for x in best),
-        ms_per_1k_tokens=r['ms_per_1k_tokens'], speedup=r['speedup'], train_s=seconds,
-        weight_bytes=r['weight_bytes'], tau=r['tau'], rule=r['rule'], dtype=r['dtype'])
+        method=method[0], variant=variant, seed=seed, base=base, **{k: r.get(k) for k in copied},
+        quality=r[r['metric']], delta=change(r, rows), worse_pick=worse(r, rows, '_pick'),
+        picked=any(r is x for x in best), train_s=seconds)
 
 def left_out(method, typed):
     """Why a method is not run on a base; '' if it is."""
@@ -1492,7 +1463,7 @@ def methods_suite(o, device, shape):
         print(f'---- {" ".join(filter(None, method))}, seed {seed}: {i + 1} of {len(todo)}{left}',
               flush=True)
         with torch.inference_mode(False):
-            found, seconds, base = run_method(o.train, method, seed, out_dir, options)
+            found, seconds, base = run_method(o.train, method, seed, out_dir, typed)
         phases = METHODS[method][1].split()
         # ceilings belong to the experts, not to every router of them
         rows += [method_row(r, found, method, seed, seconds, base) for r in found
@@ -1508,15 +1479,12 @@ BUDGETS = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5
 def at_budgets(rows):
     """{(method, variant): {budget: [change against dense, a seed each]}} in fp32, by the setting
     that is best on the other half of the held-out set; every seed has to reach the budget."""
-    found = {}
-    for r in (r for r in rows if r['dtype'] == 'fp32'):
-        found.setdefault((r['method'], r['variant']), {}).setdefault(r['seed'], []).append(r)
-    table = {}
-    for key, seeds in sorted(found.items()):
+    table, fp32 = {}, [r for r in rows if r['dtype'] == 'fp32']
+    for key, found in sorted(grouped(fp32, 'method', 'variant').items()):
         table[key] = {}
         for budget in BUDGETS:
             best = [min(((r['worse_pick'], r['delta']) for r in of if r['flops'] <= budget + 1e-9),
-                        default=None) for of in seeds.values()]
+                        default=None) for of in grouped(found, 'seed').values()]
             if None not in best:
                 table[key][budget] = [delta for _, delta in best]
     return table
