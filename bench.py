@@ -152,7 +152,7 @@ def jobs_of(entries, o):
                        dtype=o.dtype, taus=taus)
 
     jobs = [job(e) for e in entries if not e.kind]
-    # with exits their routers do as in the checkpoint that they came from
+    # with exits their routers do as the exits' phase told them to
     routed = [e for e in entries if e.kind and not e.data['config'].get('exits')]
     if o.dtype != 'fp32':
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
@@ -230,7 +230,7 @@ def row_of(model, dense, batches):
         shares.append(rho(masks))
         # the experts of all MLPs together; where tokens leave there is no such share
         chosen = [mask for mask in masks if mask is not None]    # (T, E) each
-        if len(set(map(len, chosen))) == 1:
+        if chosen and not masks.alive:
             each += torch.cat(chosen, 1).float().mean(1).tolist()
         alive.append([*masks.alive, *[(0, 0, 0)] * (config.n_layer - len(masks.alive))])
         predicted.append(logits.argmax(-1) if config.head == 'cls' else None)
@@ -256,7 +256,7 @@ def row_of(model, dense, batches):
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
         accuracy=None, macro_f1=None, tokens=tokens.sum().item(), experts_per_layer=rho,
-        experts_per_token=np.histogram(each, 20, (0, 1))[0].tolist(),
+        experts_per_token=np.histogram(each, 20, (0, 1))[0].tolist() if each else None,
         ms_per_1k_tokens=1e6 * sum(ours) / sum(counts),
         speedup=statistics.median(b / a for a, b in zip(ours, theirs)))
     if config.head == 'cls':
@@ -523,7 +523,8 @@ def plot_rows(rows, path):
         return f'; {error}'
     for other in (*heats, spread):
         other.set_axis_off()
-    own = [c for c in curves(rows).values() if c[0]['router_loss'] and c[0]['rule'] != 'topk']
+    own = [c for c in curves(rows).values()
+           if c[0]['router_loss'] and c[0]['rule'] not in ('topk', 'confidence')]
     for heat, curve in zip(heats, own):
         heat.set_axis_on()
         shares = np.array([r['experts_per_layer'] for r in curve])           # (tau, MLP)
@@ -535,11 +536,12 @@ def plot_rows(rows, path):
                  ylabel=curve[0]['rule'], xticks=range(shares.shape[1]),
                  yticks=range(len(curve)), yticklabels=[setting(r) for r in curve])
     # of the last one
-    for i, r in enumerate(r for curve in own[:2][-1:] for r in curve if r.get('experts_per_token')):
+    last = [r for curve in own[:2][-1:] for r in curve if r.get('experts_per_token')]
+    for i, r in enumerate(last):
         spread.set_axis_on()
         counts = np.array(r['experts_per_token'])
-        spread.stairs(100 * counts / max(1, counts.sum()), np.linspace(0, 100, len(counts) + 1),
-                      color=str(0.1 * i), label=f'{r["rule"]} {setting(r)}')
+        spread.stairs(100 * counts / counts.sum(), np.linspace(0, 100, len(counts) + 1),
+                      color=str(0.8 * i / len(last)), label=f'{r["rule"]} {setting(r)}')
         spread.set(xlabel='experts that a token runs, all MLPs (%)', ylabel='tokens (%)')
         spread.legend(frameon=False, fontsize=7)
 
@@ -581,6 +583,7 @@ def plot_load(words, shares, path):
     """A text; the darker a token stands, the more it ran: shares in 0..1. Returns what to say."""
     try:
         axes = new_axes()
+        check_writable(path)
     except BadInput as error:
         return f'; {error}'
     line, column = 0, 0
@@ -1385,7 +1388,7 @@ def run_method(train, method, seed, out_dir, typed):
     # a preset's values are an option each: what an earlier phase was told otherwise stays so
     known, own = train.all_options(), (a[2:].split('=') for a in own.split())
     own = {name: train.cast(name, text, known[name]) for name, text in own}
-    said = dict(router_loss='norm') | typed | own | dict(seed=seed)
+    said = typed | dict(router_loss='norm') | own | dict(seed=seed)
     if said.get('expert_size'):
         said.pop('n_experts', None)
     # whatever is fine-tuned takes sparsify's steps and rate

@@ -589,7 +589,8 @@ def cpu_name():
 
 def compile_cpp(cxx):
     """Path of the shared library, compiled unless the cache has it."""
-    key = '\0'.join([CPP, *cxx, *FLAGS, *sum(NATIVE, []), cpu_name()])
+    version = subprocess.run([*cxx, '--version'], capture_output=True, text=True).stdout
+    key = '\0'.join([CPP, *cxx, *FLAGS, *sum(NATIVE, []), version, cpu_name()])
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = os.path.join(cache, 'd2dmoe')
     path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:16] + '.so')

@@ -62,6 +62,7 @@ class Config:
     tau: float = 0.0
     floor: float = 0.0                  # of dynk, in units of the layer's RMS norm
     exits: bool = False                 # whether it has heads for texts that leave early
+    exit_tau: float = 2.0               # how sure they have to be; above 1 nobody leaves
     halting: bool = False               # whether tokens leave early
     taus: list = field(default_factory=list)        # of every MLP, where they differ
     # what budget() chooses from: rule, tokens of a text, [[tau, loss it adds, share run]] an MLP
@@ -236,7 +237,9 @@ class Transformer(nn.Module):
         if c.halting:
             self.add_halting()
         if c.rule:
+            leave = c.exit_tau
             self.set_rule(c.rule, c.taus or c.tau, c.floor)
+            c.exit_tau = leave
 
     def mlps(self):
         """Every MLP in the order in which a forward pass taps them: replaced projections, FFN."""
@@ -288,18 +291,18 @@ class Transformer(nn.Module):
         """
         if rule and rule not in (*GRID, 'confidence'):
             raise ValueError(f'rule={rule}: must be one of {", ".join(GRID)}')
-        if self.exits is not None:
-            self.exits.tau = tau if rule == 'confidence' else 2.0
         if rule == 'confidence' and self.exits is None:
             raise ValueError('rule=confidence needs exits: this model has none')
         if rule not in ('', 'confidence') and not self.config.router_loss:
             raise ValueError(f'rule={rule} needs routers: this model has none yet')
         each, c = isinstance(tau, (list, tuple)), self.config
+        c.exit_tau = tau if rule == 'confidence' else 2.0
+        if rule == 'confidence':        # experts go on as they did
+            return self
         taus = list(tau) if each else [tau] * len(self.mlps())
         if len(taus) != len(self.mlps()):
             raise ValueError(f'{len(taus)} values of tau for {len(self.mlps())} MLPs')
-        # with `confidence` experts go on as they did
-        for mlp, own in zip(self.mlps(), taus) if rule != 'confidence' else ():
+        for mlp, own in zip(self.mlps(), taus):
             if mlp.router is not None:
                 mlp.router.rule, mlp.router.tau, mlp.router.floor = rule, own, floor
                 mlp.router.rho = None
@@ -487,7 +490,7 @@ class Transformer(nn.Module):
                 break
             said.append(self.exits.head(i, x[rows], said[-1] if i else None))
             answer = self.exits.answer(said)
-            sure = answer.softmax(-1).amax(-1) >= self.exits.tau
+            sure = answer.softmax(-1).amax(-1) >= self.config.exit_tau
             out[here[sure]] = answer[sure]
             if sure.all():
                 break
@@ -499,7 +502,7 @@ class Transformer(nn.Module):
         return out
 
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None, only=False):
-        if self.exits is not None and self.exits.tau <= 1:
+        if self.exits is not None and self.config.exit_tau <= 1:
             x, layout = self.embed(idx, attention_mask, token_type_ids)
             return self.leave_early(x, layout, tap, only)
         h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
@@ -937,8 +940,11 @@ def export(model, folder):
     if os.listdir(folder):
         raise BadInput(f'{folder}: is not an empty folder; give another')
     sizes = {len(mlp.w_in) for mlp in model.ffns()}
-    if not model.config.projections and sizes == {model.config.n_hidden}:
-        export_plain(model, folder)
+    try:
+        if not model.config.projections and sizes == {model.config.n_hidden}:
+            export_plain(model, folder)
+    except OSError as error:
+        raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
     save(model, path)
 
 def export_plain(model, folder):

@@ -263,7 +263,7 @@ class Exits(nn.Module):
 
     def __init__(self, n_layer, n_embd, n_classes):
         super().__init__()
-        n, C, self.tau = n_layer - 1, n_classes, 2.0             # 2: nobody is that sure
+        n, C = n_layer - 1, n_classes
         self.heads = nn.ModuleList(nn.Linear(n_embd + C * (i > 0), C) for i in range(n))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(n))
         self.weights, self.biases = nn.Parameter(torch.zeros(n, n)), nn.Parameter(torch.zeros(n, C))
@@ -416,7 +416,7 @@ class Route:
             losses, shares = [], []
             for batch in batches:
                 losses.append(model.loss(batch, tap := Masks()))
-                shares.append(mlps[i].share(tap[i]))
+                shares.append(mlps[i].share(tap[i]) if i < len(tap) else 0.0)
             return torch.stack(losses).mean().item(), sum(shares) / len(shares)
 
         model.set_rule('')

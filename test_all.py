@@ -932,9 +932,18 @@ def test_exits_against_a_loop_that_computes_everything(dtype):
     heads = [16 * 3, (16 + 3) * 3, (16 + 3) * 3]
     assert half['head'] - whole['head'] == pytest.approx(2 * sum(heads) / 12)
     m.set_rule('')
-    assert len(m(idx, keep)) == 9 and m.exits.tau > 1
+    assert len(m(idx, keep)) == 9 and m.config.exit_tau > 1
     refused('keys and values', job=tiny().add_exits)
     refused('has none', 'confidence', 0.5, job=tiny().set_rule, error=ValueError)
+
+def test_exits_and_experts_keep_rules_of_their_own(tmp_path):
+    m = routed(tiny(**CLS)).set_rule('dynk', 0.1)
+    m.add_exits()
+    M.save(m.set_rule('confidence', 0.7), tmp_path / 'm.pt')
+    for c in (m.config, M.load(tmp_path / 'm.pt').config):
+        assert (c.rule, c.tau, c.exit_tau) == ('dynk', 0.1, 0.7)
+    assert {mlp.router.rule for mlp in M.load(tmp_path / 'm.pt').mlps()} == {'dynk'}
+    assert m.set_rule('').config.exit_tau > 1
 
 def test_exits_learn_while_the_model_stays():
     m, phase = tiny(**CLS | dict(n_layer=3, dropout=0.5)), R.LearnExits()
@@ -1427,6 +1436,8 @@ def test_exits_and_halting_end_to_end(finished_bert, tmp_path):
         assert {r['router_loss'] for r in early} == {kind}
         assert early[0]['flops'] <= early[-1]['flops'] < 1.1
     assert early[-1]['experts'] < 0.9 and M.load(exits / 'exits.pt').exits is not None
+    # exits are of the first of several kinds
+    run('--router_loss=norm,active', out=exits)
     halting.mkdir()
     for name in ('base.pt', 'dense.pt', 'data.pt'):
         shutil.copy(finished_bert[0] / name, halting)

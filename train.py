@@ -162,7 +162,7 @@ class Base:
             setattr(self, name, getattr(c, name))
         c = replace(c, dropout=self.dropout, n_experts=[], n_outputs=[], router_loss='', rule='',
                     router_width=0, tau=0.0, floor=0.0, taus=[], calibration={}, exits=False,
-                    halting=False)
+                    exit_tau=2.0, halting=False)
         state = {k: v[[0, -1]] if k.endswith('.offsets') else v
                  for k, v in model.state_dict().items()
                  if '.router.' not in k and not k.startswith(('exits.', 'halting.'))}
@@ -321,6 +321,8 @@ def check(typed, explicit):
     least = least_flops(o) if o.budget else 0.0
     refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
            f'{least:.1%} of the FLOPs; ask for more')
+    refuse(o.exits and o.halting, '--exits=1, --halting=1: tokens that halt do not go with texts '
+           'that leave early; give one')
     refuse(o.phase == 'export' and not o.to,
            '--phase=export needs --to=DIR, a folder that is not there yet')
 
@@ -600,8 +602,9 @@ def resolve(name, typed, value, source, path):
     # each says more than those before it
     for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
         values |= data.get('options', {})
+    several = {getattr(other, 'each', '') for other in PHASES.values()}      # a run for each value
     inherited = {option: had for option, had in parent.get('options', {}).items()
-                 if option not in mine}
+                 if option not in mine and option not in several}
     values |= inherited | typed | ({cls.each: value} if value else {})
     for option, had in inherited.items():
         refuse(values[option] != had, f'--{option}={values[option]}: {source} was made with '
@@ -698,7 +701,7 @@ def schedule(step, steps):
 
 def teacher_of(phase, device):
     """dense.pt where --distil asks for its soft labels, else None; and what to remember of it."""
-    if not getattr(phase, 'distil', 0):
+    if not getattr(phase, 'distil', 0) or not phase.steps:
         return None, {}
     path = os.path.join(phase.folder, 'dense.pt')
     refuse(not os.path.isfile(path), f'--distil={phase.distil} learns from {path}, which is not '
