@@ -251,13 +251,12 @@ def row_of(model, dense, batches):
         k=k, madds=(cost['total'] - spared(model, batches[len(batches) // 2][0])) / whole,
         weight_bytes=None if model.dtype == 'int8' else sum(
             p.numel() * p.element_size() for p in model.state_dict().values()),
-        machine=machine()['cpu'],
         experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
         accuracy=None, macro_f1=None, tokens=tokens.sum().item(), experts_per_layer=rho,
         experts_per_token=np.histogram(each, 20, (0, 1))[0].tolist() if each else None,
-        ms_per_1k_tokens=1e6 * sum(ours) / sum(counts),
+        machine=machine()['cpu'], ms_per_1k_tokens=1e6 * sum(ours) / sum(counts),
         speedup=statistics.median(b / a for a, b in zip(ours, theirs)))
     if config.head == 'cls':
         (accuracy, f1), (half, _) = (classification(torch.cat(predicted[p]), torch.cat(labels[p]))
