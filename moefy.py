@@ -214,6 +214,8 @@ class Moefy:
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)
 ALPHA = 3.0                             # log alpha at the start: all masks are ones
 TRAVEL = 13                             # as far as log alpha could move at a constant rate
+CLIMB = 100                             # as much faster do the multipliers: what the task says of
+                                        # a neuron must not outbid them (at 1 MiniLM keeps all)
 BINARY = 0.8                            # share of the run after which masks are 0 or 1, and stay
 
 class SoftMasks(nn.Module):
@@ -296,9 +298,11 @@ class LearnMasks:
         if progress > BINARY:
             return task, log
         ramp = min(1.0, progress / self.mask_ramp) if self.mask_ramp else 1.0
-        over = torch.stack([r.density for r in routers]).mean() - 1 + ramp * (1 - self.mask_ratio)
-        # the multipliers climb where everything else descends
-        linear_, square = self.speed * (2 * model.multipliers.detach() - model.multipliers)
+        density = torch.stack([r.density for r in routers]).mean()
+        over, log['experts'] = density - 1 + ramp * (1 - self.mask_ratio), density.detach()
+        # the multipliers climb where everything else descends, and add little to the gradient's norm
+        now = model.multipliers.detach()
+        linear_, square = CLIMB * self.speed * now + 1e-3 * (now - model.multipliers)
         return task + linear_ * over + square * over ** 2, log
 
     @torch.no_grad()

@@ -241,9 +241,13 @@ class Router(nn.Module):
         self.rule, self.tau, self.floor = '', 0.0, 0.0
         # share of neurons run under this rule, once measured: a hint for GPUs
         self.rho = None
+        # while it learns with the model a choice passes the gradient on to its score
+        self.soft = False
 
     def choose(self, score):                # (T, R) -> (T, E)
         chosen = select(score, self.rule, self.tau, self.floor)
+        if self.soft:                       # 1 or 0, and the score's slope
+            return chosen + (score - score.detach())
         # a slice runs if any chosen output owns it
         return chosen if self.owners is None else (chosen.float() @ self.owners.float()) > 0
 
@@ -431,6 +435,40 @@ class Route:
             mlp.router.rule = ''
             menus.append(sorted(menu, key=lambda entry: -entry[2]))
         model.config.calibration = dict(rule=rule, floor=FLOOR, tokens=tokens, menus=menus)
+        return {}
+
+@dataclass
+class Adapt:
+    """Model and routers learn together: tokens run what their routers choose, and pay for it."""
+    reads, writes = ('d2dmoe-active', 'd2dmoe'), 'adapted'
+    wanted = 'expert_price'
+    steps: int = 130
+    lr: float = 5e-4
+    expert_price: float = 0.0               # loss per token that runs everything; 0: no such phase
+    distil: Annotated[float, '0..1'] = 0.0
+
+    def prepare(self, model, batches):
+        rule = ROUTERS[model.config.router_loss].rule
+        model.set_rule(rule, 0.5 if rule == 'threshold' else 0.1)
+        model.config.calibration = {}       # it was another model's
+        for mlp in model.mlps():
+            mlp.router.soft = True
+
+    def parameters(self, model):
+        return model.parameters()
+
+    def loss(self, model, batch, progress):
+        task = model.loss(batch, tap := [])
+        sizes = [mlp.offsets.diff().float() for mlp in model.mlps()]
+        whole = sum(size.sum() for size in sizes)
+        # shares of all neurons: what is wanted, which has a gradient, and what runs
+        wanted, run = (sum(t[key].float().mean(0) @ size for t, size in zip(tap, sizes)) / whole
+                       for key in ('score', 'mask'))
+        return task + self.expert_price * wanted, dict(task=task.detach(), experts=run.detach())
+
+    def finish(self, model):
+        for mlp in model.mlps():
+            mlp.router.soft = False
         return {}
 
 if __name__ == '__main__':

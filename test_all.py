@@ -700,6 +700,37 @@ def test_routers(kind, rule, falls_to, owners):
     assert last < falls_to * first and same(before, m.state_dict())
     check(m.set_rule(rule, 0.5), idx)
 
+def test_adapting_computes_what_runs_and_teaches_every_score():
+    m, idx = routed(tiny(), kind='active'), tokens(3, 12)
+    targets, phase = tokens(3, 12), R.Adapt(expert_price=0.3)
+    phase.prepare(m, None)
+    nets = [mlp.router.net for mlp in m.mlps()]
+    for net in nets:
+        net.b2.requires_grad_(True)
+    loss, log = phase.loss(m, (dict(idx=idx), targets), 1.0)
+    loss.backward()
+    # the last FFN by hand: what one unit of each expert's score is worth to the task, its price
+    m.encode(idx, tap=(tap := []))
+    t, mlp, last = tap[-1], m.mlps()[-1], m.blocks[-1]
+    gates = t['mask'].clone().requires_grad_(True)               # (T, E)
+    x = m.blocks[0](m.embed(idx)[0], M.Layout.of(None, 3, 12, True))
+    x = x + last.attn(last.ln_1(x), M.Layout.of(None, 3, 12, True))
+    wide = gates.repeat_interleave(mlp.offsets.diff(), 1)
+    h = m.ln_f(x + (t['a'] * wide) @ mlp.w_out + mlp.b_out)
+    task = F.cross_entropy(m.logits(h), targets.flatten())
+    task.backward()
+    share = t['score'].mean(0) @ mlp.offsets.diff().float() / 80
+    others = tap[0]['score'].mean(0) @ m.mlps()[0].offsets.diff().float() / 80
+    close(loss, task + 0.3 * (share + others))
+    slope = t['score'] * (1 - t['score'])
+    want = (slope * (gates.grad + 0.3 * mlp.offsets.diff() / 80 / len(slope))).sum(0)
+    close(nets[-1].b2.grad, want, 1e-5)
+    assert log['experts'] == pytest.approx(sum(t['mask'].mean() for t in tap).item() / 2, abs=0.02)
+    phase.finish(m)
+    assert m.config.rule == 'threshold' and m.config.tau == 0.5
+    m(idx, tap=(masks := M.Masks()))
+    assert all(same(mask, t['mask'].bool()) for mask, t in zip(masks, tap))
+
 def test_a_budget_takes_the_best_of_all_choices():
     """Against every combination; menus are convex, so the greedy path meets the best ones."""
     m = routed(tiny(n_layer=3))
@@ -1450,6 +1481,20 @@ def test_exits_and_halting_end_to_end(finished_bert, tmp_path):
     row = next(r for r in rows if r['method'] == 'd2dmoe' and r['rule'] == 'dynk')
     assert row['experts'] < 1 and row['router_loss'] == 'norm'
     refused('halt', job=m.add_exits)
+
+def test_adapted_end_to_end(spoiled):
+    refused('asks for it', '--phase=adapt', out=spoiled)
+    run('--phase=adapt', '--expert_price=2', '--adapt_steps=30', '--adapt_lr=5e-3', '--distil=0.5',
+        out=spoiled)
+    adapted, before = (M.read_checkpoint(spoiled / f'{name}.pt')
+                       for name in ('adapted', 'd2dmoe-active'))
+    assert adapted['parent'] == M.checkpoint_hash(spoiled / 'd2dmoe-active.pt')
+    assert adapted['metrics']['teacher'] == M.checkpoint_hash(spoiled / 'dense.pt')
+    rows = run('--phase=eval', '--router_loss=active', out=spoiled)['rows']
+    at = {r['method']: r for r in rows if (r['rule'], r['tau'], r['dtype']) == (
+        'threshold', 0.5, 'fp32')}
+    assert at['adapt']['experts'] < 0.8 * at['d2dmoe']['experts']
+    assert M.load(spoiled / 'adapted.pt').config.tau == 0.5
 
 def test_worse_than_a_dense_model_that_is_never_right():
     rows = [dict(metric='accuracy', accuracy=a, accuracy_pick=b) for a, b in ((0, 0.5), (0.1, 0.4))]

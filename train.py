@@ -60,7 +60,7 @@ from model import (BadInput, Config, Masks, Transformer, build, check_writable, 
                    cut, export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
                    write_atomically)
 from moefy import LearnMasks, Moefy
-from router import GRID, FLOOR, ROUTERS, LearnExits, LearnHalting, Route
+from router import GRID, FLOOR, ROUTERS, Adapt, LearnExits, LearnHalting, Route
 from sparsify import Distil, Prune, Sparsify
 
 # -------------------------------------------------------------------------------------- options
@@ -186,7 +186,8 @@ class Dense:
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
 PHASES = dict(base=Base, dense=Dense, prune=Prune, halting=LearnHalting, attn=Distil,
-              sparsify=Sparsify, moefy=Moefy, router=Route, exits=LearnExits, masks=LearnMasks)
+              sparsify=Sparsify, moefy=Moefy, router=Route, adapt=Adapt, exits=LearnExits,
+              masks=LearnMasks)
 # what each command takes, eval beside what made the checkpoints
 EACH = ('phase', 'preset', 'out_dir', 'seeds', 'router_loss', 'rule', 'tau', 'floor', 'budget',
         'max_loss')
@@ -763,6 +764,7 @@ def learn(name, phase, model, own, corpus, o, device, keep):
             if now - said > 5 or done == steps:
                 said, speed = now, (done - start) / (now - began)
                 zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
+                zeros += f'  experts {log["experts"]:.1%}' if 'experts' in log else ''
                 print(f'{name:8s} step {done}/{steps}  loss {log.get("task", loss).item():.4f}'
                       f'{zeros}  {tokens / (now - began):,.0f} tokens/s  '
                       f'{bench.clock((steps - done) / speed)} left', flush=True)
