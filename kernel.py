@@ -73,7 +73,7 @@ def experts(x, mask, bundle, impl=None, rho=None):
     if mask is None:
         a = ACTIVATIONS[bundle.act](linear(x, bundle.w_in, bundle.b_in))  # (T, H)
         return linear(a, bundle.w_out.t(), bundle.b_out)
-    inputs = (t for t in (x, *bundle[:4]) if t is not None)
+    inputs = (t for t in (x, mask, *bundle[:4]) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return reference(x, mask, bundle)
     impl = impl or choose(x, mask, bundle, rho)

@@ -8,8 +8,9 @@
     python train.py --preset=bert --data=emotion.tsv --attn_projections=qkvo
 
     base --> dense                              the control: as many more steps, no penalty
-      +--> [prune] --> [halting] --> [attn] --> sparsify --> moefy --> router --> [exits] --> eval
+      +--> [prune] --> [halting] --> [attn] --> sparsify --> moefy --> router --> [adapt] --> eval
       +--> [masks]  pruned.pt  halting.pt  attn.pt  sparse.pt  moe.pt  d2dmoe.pt  results.json
+                                                           [exits] of d2dmoe.pt, or of dense.pt
 
 A phase is a class whose fields are its options, and it lives with its method:
 
