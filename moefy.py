@@ -214,8 +214,6 @@ class Moefy:
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)
 ALPHA = 3.0                             # log alpha at the start: all masks are ones
 TRAVEL = 13                             # as far as log alpha could move at a constant rate
-CLIMB = 100                             # times as fast do the multipliers: else what the task says
-                                        # of neurons outbids them (MiniLM kept all)
 BINARY = 0.8                            # share of the run after which masks are 0 or 1, and stay
 
 class SoftMasks(nn.Module):
@@ -300,9 +298,8 @@ class LearnMasks:
         ramp = min(1.0, progress / self.mask_ramp) if self.mask_ramp else 1.0
         density = torch.stack([r.density for r in routers]).mean()
         over, log['experts'] = density - 1 + ramp * (1 - self.mask_ratio), density.detach()
-        # the multipliers climb where all else descends, and add little to the norm of the gradient
-        now = model.multipliers.detach()
-        linear_, square = CLIMB * self.speed * now + 1e-3 * (now - model.multipliers)
+        # the multipliers climb where everything else descends
+        linear_, square = self.speed * (2 * model.multipliers.detach() - model.multipliers)
         return task + linear_ * over + square * over ** 2, log
 
     @torch.no_grad()
