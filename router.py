@@ -1,5 +1,5 @@
-"""Which experts should a token run, and how many blocks? Kinds of routers, the rules, the phase
-that trains them; early exits and token halting.
+"""Which experts should a token run, and how many blocks? Kinds of routers, the rules, the phases
+that train them, alone or with the model; early exits and token halting.
 
 A router looks at a token before its FFN does and says how much each expert would contribute. With
 a = act(x W_in^T + b) the hidden activations and S_r the neurons of router output r,
@@ -439,7 +439,11 @@ class Route:
 
 @dataclass
 class Adapt:
-    """Model and routers learn together: tokens run what their routers choose, and pay for it."""
+    """Model and routers learn together, a token running what its routers choose.
+
+    loss = task + expert_price * the share of the neurons that the scores ask for
+
+    Forward a choice is 1 or 0, backward it has the slope of its score. Ours, not the paper's."""
     reads, writes = ('d2dmoe-active', 'd2dmoe'), 'adapted'
     wanted = 'expert_price'
     steps: int = 130

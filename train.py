@@ -18,7 +18,7 @@ A phase is a class whose fields are its options, and it lives with its method:
     wanted      optional: without this option a full run skips it each       optional: an option of
     prepare(model, batches)   the change made once, in place                 which every value gets
     parameters(model)         what learns; [] for no loop                    a run of its own
-    loss(model, batch, progress) -> loss, what to log
+    loss(model, batch, progress) -> loss, what to log: the task, shares by name
     finish(model)             optional: the change made at the end; what to remember
     report(model, batches)    optional: what to remember
     looks                     optional: whether prepare() reads batches though nothing learns
@@ -764,10 +764,9 @@ def learn(name, phase, model, own, corpus, o, device, keep):
             now, done = time.time(), step + 1
             if now - said > 5 or done == steps:
                 said, speed = now, (done - start) / (now - began)
-                zeros = f'  zeros {log["zeros"]:.1%}' if 'zeros' in log else ''
-                zeros += f'  experts {log["experts"]:.1%}' if 'experts' in log else ''
+                shares = ''.join(f'  {key} {log[key]:.1%}' for key in log if key != 'task')
                 print(f'{name:8s} step {done}/{steps}  loss {log.get("task", loss).item():.4f}'
-                      f'{zeros}  {tokens / (now - began):,.0f} tokens/s  '
+                      f'{shares}  {tokens / (now - began):,.0f} tokens/s  '
                       f'{bench.clock((steps - done) / speed)} left', flush=True)
             if done < steps and (stopped or now - saved > SAVE_EVERY):
                 keep(done, optimizer.state_dict())
