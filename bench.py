@@ -202,48 +202,67 @@ def spared(model, inputs):
             zeros += (wide & (t['a'] == 0)).sum(1).float().mean().item()
     return 2 * model.config.n_embd * zeros
 
+def forward(model, inputs, only=False):
+    """On the fast path -> logits, Masks."""
+    return model(**inputs, tap=(masks := Masks()), only=only), masks
+
+def extent(model, masks):
+    """The share of neurons that each MLP ran, and the census of each block, (n_layer, 3)."""
+    # all may have left before
+    shares = [mlp.share(mask) for mlp, mask in itertools.zip_longest(model.mlps(), masks)]
+    return shares, [*masks.alive, *[(0, 0, 0)] * (model.config.n_layer - len(masks.alive))]
+
+def cost_of(model, batches, extents, only=False):
+    """FLOPs of batches of which forward() had these extents, as model.flops() has them, at their
+    mean length, padding left out; and the mean share of neurons of each MLP."""
+    tokens, config = [n_tokens(inputs) for inputs, _ in batches], model.config
+    shares, alive = zip(*extents)
+    rho, alive = np.average(shares, axis=0, weights=tokens).tolist(), np.sum(alive, axis=0)
+    seq_len = sum(tokens) / sum(len(targets) for _, targets in batches)
+    return model.flops(seq_len, rho if config.rule and config.router_loss else None,
+                       (alive / alive[0]).tolist() if alive.any() else None, only), rho
+
+def first_token(model, dense, batches):
+    """Of a classifier as classify() runs it, with the last block's q, o and FFN for the token alone
+    that is classified: FLOPs over those of a dense model that runs all, speedup over one that runs
+    so, too."""
+    extents, ratios = [], []
+    for inputs, _ in batches:
+        (_, masks), ours = timed(lambda: forward(model, inputs, only=True))
+        ratios.append(timed(lambda: forward(dense, inputs, only=True))[1] / ours)
+        extents.append(extent(model, masks))
+    cost, _ = cost_of(model, batches, extents, only=True)
+    whole, _ = cost_of(dense, batches, [extent(dense, Masks())] * len(batches))
+    return dict(flops_first=cost['total'] / whole['total'],
+                speedup_first=statistics.median(ratios))
+
 @torch.inference_mode()
 def row_of(model, dense, batches):
     """What the table says of a model on its fast path, timed in turn with dense. Every second batch
-    is reported, the others are there to pick tau by (`loss_pick`, `accuracy_pick`). FLOPs are those
-    of the mean length, padding left out."""
+    is reported, the others are there to pick tau by (`loss_pick`, `accuracy_pick`)."""
     config, mlps = model.config, model.mlps()
-    losses, shares, predicted, times, alive, each = [], [], [], [], [], []
-
-    def run(m, inputs):
-        masks = Masks()
-        return m(**inputs, tap=masks), masks
-
-    def rho(masks):                         # the share of neurons run in each MLP
-        # all may have left before
-        return [mlp.share(mask) for mlp, mask in itertools.zip_longest(mlps, masks)]
-
+    losses, extents, predicted, times, each = [], [], [], [], []
     # a GPU sizes its grid by it
-    for mlp, share in zip(mlps, rho(run(model, batches[0][0])[1])):
+    for mlp, share in zip(mlps, extent(model, forward(model, batches[0][0])[1])[0]):
         if mlp.router is not None:
             mlp.router.rho = share
     for i, (inputs, targets) in enumerate(batches):
-        (logits, masks), seconds = timed(lambda: run(model, inputs))
+        (logits, masks), seconds = timed(lambda: forward(model, inputs))
         if i % max(1, len(batches) // 8) == 0:
-            times.append((n_tokens(inputs), seconds, timed(lambda: run(dense, inputs))[1]))
+            times.append((n_tokens(inputs), seconds, timed(lambda: forward(dense, inputs))[1]))
         losses.append(cross_entropy(logits, targets).cpu())
-        shares.append(rho(masks))
+        extents.append(extent(model, masks))
         # the experts of all MLPs together; where tokens leave there is no such share
         chosen = [mask for mask in masks if mask is not None]    # (T, E) each
         if chosen and not masks.alive:
             each += torch.cat(chosen, 1).float().mean(1).tolist()
-        alive.append([*masks.alive, *[(0, 0, 0)] * (config.n_layer - len(masks.alive))])
         predicted.append(logits.argmax(-1) if config.head == 'cls' else None)
 
     pick, report = slice(None, None, 2), slice(1, None, 2) if len(batches) > 1 else slice(None)
-    labels, losses = [targets for _, targets in batches], torch.stack(losses)
-    tokens = np.array([n_tokens(inputs) for inputs, _ in batches])[report]
-    rho = np.average(shares[report], axis=0, weights=tokens).tolist()
-    seq_len = tokens.sum().item() / sum(map(len, labels[report]))
-    alive = np.sum(alive[report], axis=0)                        # (n_layer, 3)
-    cost = model.flops(seq_len, rho if config.rule and config.router_loss else None,
-                       (alive / alive[0]).tolist() if alive.any() else None)
-    whole, k = dense.flops(seq_len)['total'], None
+    labels, reported = [targets for _, targets in batches], batches[report]
+    losses = torch.stack(losses)
+    cost, rho = cost_of(model, reported, extents[report])
+    whole, k = cost_of(dense, reported, [extent(dense, Masks())] * len(reported))[0]['total'], None
     if config.rule == 'topk':
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*times)
@@ -254,14 +273,16 @@ def row_of(model, dense, batches):
         experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
-        accuracy=None, macro_f1=None, tokens=tokens.sum().item(), experts_per_layer=rho,
+        accuracy=None, macro_f1=None, experts_per_layer=rho,
+        tokens=sum(n_tokens(inputs) for inputs, _ in reported),
         experts_per_token=np.histogram(each, 20, (0, 1))[0].tolist() if each else None,
         machine=machine()['cpu'], ms_per_1k_tokens=1e6 * sum(ours) / sum(counts),
         speedup=statistics.median(b / a for a, b in zip(ours, theirs)))
     if config.head == 'cls':
         (accuracy, f1), (half, _) = (classification(torch.cat(predicted[p]), torch.cat(labels[p]))
                                      for p in (report, pick))
-        row |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=half)
+        row |= dict(metric='accuracy', accuracy=accuracy, macro_f1=f1, accuracy_pick=half,
+                    **first_token(model, dense, reported[::max(1, len(reported) // 8)]))
     return row
 
 def read_results(folder):
@@ -1359,14 +1380,17 @@ METHODS = {
     ('ours', 'with exits'): ('ours', 'exits', '--exits=1'),
     ('ours', 'with halting'): ('dense', 'halting sparsify moefy router',
                                '--halting=1 --router_loss=active'),
+    ('ours', 'adapted'): ('ours', 'adapt', '--expert_price=1'),
+    ('ours', 'with halting, adapted'): ('ours with halting', 'adapt', '--expert_price=1'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
 } | {('d2dmoe', f'experts of {s}'): ('d2dmoe', 'moefy router', f'--expert_size={s}')
      for s in (4, 16, 32, 64, 128)}
-MAIN = 'dense', 'd2dmoe', 'ours', 'moefication', 'masks', 'pruning'      # three seeds
+MAIN = [(name, '') for name in ('dense', 'd2dmoe', 'ours', 'moefication', 'masks', 'pruning')] + [
+    ('ours', variant) for variant in ('adapted', 'with halting', 'with halting, adapted')]
 
 def place(out_dir, method, seed):
-    name = '-'.join(filter(None, method)).replace(' ', '-').replace('/', 'by')
+    name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')
     return os.path.join(out_dir, f'{name}-s{seed}')
 
 def run_method(train, method, seed, out_dir, typed):
@@ -1377,13 +1401,14 @@ def run_method(train, method, seed, out_dir, typed):
     names = ['data.pt', 'base.pt', 'dense.pt']
     os.makedirs(folder, exist_ok=True)
     while start:
-        source, before = place(out_dir, (start, ''), seed), phases.split()[0]
+        start = tuple(start.partition(' ')[::2])                 # name, variant
+        source, before = place(out_dir, start, seed), phases.split()[0]
         writes = [cls.writes for cls in train.PHASES.values()]
         names += [f'{name}.pt' for name in writes[:list(train.PHASES).index(before)]]
         for name in names:
             with contextlib.suppress(FileNotFoundError, FileExistsError):
                 os.link(os.path.join(source, name), os.path.join(folder, name))
-        start = METHODS[start, ''][0]
+        start = METHODS[start][0]
     # a preset's values are an option each: what an earlier phase was told otherwise stays so
     known, own = train.all_options(), (a[2:].split('=') for a in own.split())
     own = {name: train.cast(name, text, known[name]) for name, text in own}
@@ -1391,7 +1416,8 @@ def run_method(train, method, seed, out_dir, typed):
     if said.get('expert_size'):
         said.pop('n_experts', None)
     # whatever is fine-tuned takes sparsify's steps and rate
-    for phase, what in itertools.product(('prune', 'masks', 'halting'), ('steps', 'lr')):
+    for phase, what in itertools.product(('prune', 'masks', 'halting', 'adapt'),
+                                           ('steps', 'lr')):
         if f'sparsify_{what}' in said:
             said.setdefault(f'{phase}_{what}', said[f'sparsify_{what}'])
     if method[0] == 'small':
@@ -1429,8 +1455,8 @@ def method_row(r, rows, method, seed, seconds, base):
         variant = ' '.join(filter(None, [variant, routed * (routed in CEILINGS), r['rule']]))
     alike = [rows[0], *(x for x in rows if x['dtype'] == r['dtype'])]
     best = picked(alike).values() if r['rule'] else [x for x in alike if fits(x, rows)]
-    copied = ('machine', 'flops', 'madds', 'experts', 'metric', 'ms_per_1k_tokens', 'speedup',
-              'weight_bytes', 'tau', 'rule', 'dtype')
+    copied = ('machine', 'flops', 'flops_first', 'madds', 'experts', 'metric', 'ms_per_1k_tokens',
+              'speedup', 'speedup_first', 'weight_bytes', 'tau', 'rule', 'dtype')
     return dict(
         method=method[0], variant=variant, seed=seed, base=base, **{k: r.get(k) for k in copied},
         quality=r[r['metric']], delta=change(r, rows), worse_pick=worse(r, rows, '_pick'),
@@ -1438,13 +1464,14 @@ def method_row(r, rows, method, seed, seconds, base):
 
 def left_out(method, typed):
     """Why a method is not run on a base; '' if it is."""
-    bert, combined = typed.get('arch') == 'bert', ('with exits', 'with halting')
+    bert = typed.get('arch') == 'bert'
+    combined = 'with exits', 'with halting', 'with halting, adapted'
     if (method[0] in ('exits', 'halting') or method[1] in combined) and not bert:
         return 'for BERTs only: the next tokens of a GPT need the keys and values of every block'
     if 'init_from' in typed and (method[0] == 'small' or method[1] == 'GELU kept'):
         return ('only where the base is trained from scratch: a smaller one, or one of GELU, that '
                 'has seen as much text as --init_from is not at hand')
-    shown = '', 'on the pruned', *combined
+    shown = '', 'on the pruned', 'adapted', *combined
     return 'ablations are for GPTs only' if bert and method[1] not in shown else ''
 
 def methods_suite(o, device, shape):
@@ -1458,7 +1485,7 @@ def methods_suite(o, device, shape):
     for r in others:
         print(f'{r["method"]} {r["variant"]}'.rstrip() + f': {r["why"]}')
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
-            if not reasons[method] and (seed == 0 or method[0] in MAIN and not method[1])]
+            if not reasons[method] and (seed == 0 or method in MAIN)]
     began = time.time()
     for i, (method, seed) in enumerate(todo):
         left = f', {clock((time.time() - began) / i * (len(todo) - i))} left' if i else ''

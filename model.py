@@ -426,20 +426,24 @@ class Transformer(nn.Module):
         x, layout = self.embed(idx, attention_mask, token_type_ids, cache)
         if only and layout.index is not None and not layout.starts.diff().all():
             raise ValueError('a sequence without a token has no last hidden state')
-        c = self.config
         if self.halting is not None:
-            x = self.halt(x, layout, tap)
-            return x[layout.head_rows()] if only else layout.pad(x)
-        fused = self.fused() if self.dtype == 'int8' else None
-        if fused is not None and (tap is None or isinstance(tap, Masks)):
-            x = encode_int8(x, fused, layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap)
+            x = self.halt(x, layout, tap, only)
         else:
-            rows = layout.head_rows().to(x.device) if only else None
-            for i, block in enumerate(self.blocks):
-                last = block is self.blocks[-1]
-                x = block(x, layout, cache[i] if cache else None, tap, rows if last else None)
+            x = self.through(0, self.config.n_layer, x, layout, cache, tap, only)
         x = x if self.ln_f is None else self.ln_f(x)
         return x if only else layout.pad(x)
+
+    def through(self, first, end, x, layout, cache=None, tap=None, only=False):
+        """Blocks first to end, without the latter: x (T, D) -> (T, D), or with `only` (B, D)."""
+        c, fused = self.config, self.fused() if self.dtype == 'int8' else None
+        if fused is not None and (tap is None or isinstance(tap, Masks)):
+            return encode_int8(x, fused[first:end], layout, c.n_head, c.pre_ln, c.ln_eps, cache,
+                               only, tap)
+        rows = layout.head_rows().to(x.device) if only else None
+        for i in range(first, end):
+            x = self.blocks[i](x, layout, cache[i] if cache else None, tap,
+                               rows if i == end - 1 else None)
+        return x
 
     def logits(self, h):
         """The head: (..., D) -> (..., V) for lm and mlm; (B, L, D) or (B, D) -> (B, classes)."""
@@ -453,28 +457,35 @@ class Transformer(nn.Module):
             return linear(h, decoder, self.mlm_bias)
         return linear(h, decoder)
 
-    def halt(self, x, layout, tap=None):
+    def halt(self, x, layout, tap=None, only=False):
         """The blocks on tokens (T, D) of which each halts when it has been read enough; what has
-        halted is no key for the others any more. -> (T, D)"""
-        place, scores = torch.arange(len(x), device=x.device), []
+        halted is no key for the others any more. -> (T, D), or with `only` (B, D): a text leaves
+        with its first token, whose state is all that is asked for."""
+        place, scores, heads = torch.arange(len(x), device=x.device), [], layout.head_rows()
         total, out, left_over = x.new_zeros(len(x)), torch.zeros_like(x), 0
-        for block in self.blocks:
+        for i in range(self.config.n_layer):
+            last = i == self.config.n_layer - 1
             census(layout, tap)
-            x = block(x, layout, None, tap)
+            x = self.through(i, i + 1, x, layout, None, tap, only and last)
+            if only and last:
+                place = place[layout.head_rows().to(x.device)]
             h, missing = self.halting(x), 1 - total[place]
-            ends = (h >= missing - 0.01) | (block is self.blocks[-1])
+            ends = (h >= missing - 0.01) | last
             scores.append(h.sum() / len(total))
             weight = torch.where(ends, missing, h)
             out = out.index_add(0, place, weight[:, None] * x)
             total = total.index_add(0, place, weight)
             left_over = left_over + missing[ends].sum() / len(total)
+            if only and not last:
+                lengths = layout.starts.diff().to(x.device)
+                ends = ends | ends[layout.head_rows().to(x.device)].repeat_interleave(lengths)
             if ends.all():
                 break
             if ends.any():
                 x, layout, place = x[~ends], layout.without(ends), place[~ends]
         if torch.is_grad_enabled():
             self.halting.scores, self.halting.missing = scores, left_over
-        return out
+        return out[heads.to(x.device)] if only else out
 
     def leave_early(self, x, layout, tap=None, only=False):
         """The logits of texts, each from the first block after which its exit is sure of them."""
@@ -567,24 +578,34 @@ class Transformer(nn.Module):
             found += self(**inputs, only=True).argmax(-1).tolist()
         return [names[i] for i in found] if names else found
 
-    def flops(self, seq_len, rho=None, alive=None):
+    def flops(self, seq_len, rho=None, alive=None, only=False):
         """FLOPs per token of a forward pass over `seq_len` tokens, 2 per multiply-add.
 
         rho: the share of neurons run in each MLP of mlps(), routers counted; None: dense, without.
         alive: the shares of a batch's census that enter each block, exits counted; None: all.
+        only: q, o and FFN of the last block for one token of each text.
         Not counted: norms, softmax, activations, look-ups. Attention counts the full square.
         Returns {'attention', 'scores', 'mlp', 'router', 'head', 'total'}.
         """
-        c, D, ffns = self.config, self.config.n_embd, self.ffns()
+        c, D = self.config, self.config.n_embd
         here, texts, pairs = zip(*(alive or [(1.0, 1.0, 1.0)] * c.n_layer))
-        out = dict(attention=2 * D * D * (4 - len(c.projections)) * sum(here),
-                   scores=4 * D * seq_len * sum(pairs), mlp=0.0, router=0.0, head=0.0)
-        per_block = len(self.mlps()) // c.n_layer
-        for i, (mlp, share) in enumerate(zip(self.mlps(), rho or [1.0] * len(self.mlps()))):
-            part, tokens = 'mlp' if mlp in ffns else 'attention', here[i // per_block]
-            out[part] += 4 * D * len(mlp.w_in) * share * tokens
-            if rho is not None and mlp.router is not None:
-                out['router'] += 2 * mlp.router.size * tokens
+        # tokens of each block that have a query, an output and an FFN, and pairs of their scores
+        asking = [*here[:-1], texts[-1] / seq_len] if only else here
+        scores = [*pairs[:-1], here[-1] / seq_len] if only else pairs
+        out = dict(attention=0.0, scores=4 * D * seq_len * sum(scores), mlp=0.0, router=0.0,
+                   head=0.0)
+        shares = iter(rho or [1.0] * len(self.mlps()))
+        for block, every, some in zip(self.blocks, here, asking):
+            at = block.attn
+            parts = (at.q, some), (at.k, every), (at.v, every), (at.o, some), (block.mlp, some)
+            for module, tokens in parts:
+                part = 'mlp' if module is block.mlp else 'attention'
+                if not isinstance(module, MLP):
+                    out[part] += 2 * D * D * tokens
+                    continue
+                out[part] += 4 * D * len(module.w_in) * next(shares) * tokens
+                if rho is not None and module.router is not None:
+                    out['router'] += 2 * module.router.size * tokens
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
             heads = self.exits.heads if alive and self.exits is not None else ()

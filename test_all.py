@@ -1010,14 +1010,21 @@ def slow_halting(m, text):
 def test_halting_against_one_text_at_a_time(dtype):
     m = tiny(**CLS | dict(n_layer=5))
     m.add_halting()
-    m.halting.gain.fill_(3.0), m.halting.shift.fill_(1.0)
+    m.halting.gain.fill_(3.0), m.halting.shift.fill_(2.0)
     m.quantize(dtype)
     idx, keep = tokens(6, 12), torch.arange(12) < 12 - 2 * torch.arange(6)[:, None]
     want, depth = zip(*(slow_halting(m, idx[b][keep[b]]) for b in range(6)))
     got = m.encode(idx, keep, tap=(masks := M.Masks()))
+    first = m.encode(idx, keep, only=True, tap=(few := M.Masks()))
+    close(first, got[:, 0])
+    # the fused call against one operation at a time; a text leaves with its first token
+    close(m.encode(idx, keep, only=True, tap=[]), first)
+    assert few.alive[0] == masks.alive[0] and few.alive[-1][0] < masks.alive[-1][0]
     if dtype == 'int8':
-        return close(m.encode(idx, keep, only=True), got[:, 0])
+        return
     close(got[keep], torch.cat(want))
+    counts = [[(d > i).sum().item() for d in depth if d[0] > i] for i in range(len(few.alive))]
+    assert few.alive == [(sum(n), len(n), sum(x * x for x in n)) for n in counts]
     assert not got[~keep].any() and torch.cat(depth).unique().numel() > 2
     close(m(idx, keep, only=True), m.logits(torch.stack([w[0] for w in want])))
     counts = [[(d > i).sum().item() for d in depth] for i in range(len(masks.alive))]
@@ -1258,6 +1265,17 @@ def test_flops_by_hand(config, rho, want):
     m.add_routers('norm', 40)
     got = m.flops(9, rho)
     assert {part: got[part] for part in want} == want and got.pop('total') == sum(got.values())
+
+def test_flops_of_a_classifier_that_asks_for_the_first_token_alone():
+    m, D = tiny(**CLS), 16
+    got = m.flops(9, only=True)             # k and v of all, q and o of one token in nine
+    assert got['attention'] == pytest.approx((4 + 2 + 2 / 9) * 2 * D * D)
+    assert got['scores'] == pytest.approx(4 * D * 9 + 4 * D)
+    assert got['mlp'] == pytest.approx((1 + 1 / 9) * 4 * D * 40)
+    # half of the tokens enter the last block, of a quarter of the texts
+    got = m.flops(9, alive=[(1, 1, 1), (0.5, 0.25, 0.2)], only=True)
+    assert got['attention'] == pytest.approx((4 + 0.5 * 2 + 0.25 * 2 / 9) * 2 * D * D)
+    assert got['scores'] == pytest.approx(4 * D * 9 + 0.5 * 4 * D)
 
 def test_strings():
     m, bert = tiny(vocab_size=256), tiny(vocab_size=257, **CLS)
