@@ -193,14 +193,15 @@ def classification(predicted, labels):
 
 def spared(model, inputs):
     """FLOPs per token that are counted and not run: routed, only those of the hidden units that
-    are not zero meet the second matrix."""
+    are not zero meet the second matrix, in int8 the blocks of 8 that are not."""
     model(**inputs, tap=(tap := []))
-    zeros = 0.0
+    zeros, block = 0, 8 if model.dtype == 'int8' else 1
     for mlp, t in zip(model.mlps(), tap):
         if t['mask'] is not None:
             wide = kernel.neuron_mask(t['mask'], mlp.offsets, len(mlp.w_in))
-            zeros += (wide & (t['a'] == 0)).sum(1).float().mean().item()
-    return 2 * model.config.n_embd * zeros
+            silent = (t['a'] == 0).unflatten(1, (-1, block)).all(2).repeat_interleave(block, 1)
+            zeros += (wide & silent).sum().item()
+    return 2 * model.config.n_embd * zeros / n_tokens(inputs)
 
 def forward(model, inputs, only=False):
     """On the fast path -> logits, Masks."""
@@ -215,10 +216,13 @@ def extent(model, masks):
 def cost_of(model, batches, extents, only=False):
     """FLOPs of batches of which forward() had these extents, as model.flops() has them, at their
     mean length, padding left out; and the mean share of neurons of each MLP."""
-    tokens, config = [n_tokens(inputs) for inputs, _ in batches], model.config
-    shares, alive = zip(*extents)
-    rho, alive = np.average(shares, axis=0, weights=tokens).tolist(), np.sum(alive, axis=0)
-    seq_len = sum(tokens) / sum(len(targets) for _, targets in batches)
+    tokens, config = np.array([n_tokens(inputs) for inputs, _ in batches]), model.config
+    shares, alive = map(np.array, zip(*extents))                 # (n, MLPs), (n, n_layer, 3)
+    # of each block's tokens that are still there
+    weights = alive[..., 0] if alive.any() else tokens[:, None].repeat(config.n_layer, 1)
+    weights = weights.repeat(shares.shape[1] // config.n_layer, 1)
+    rho = ((shares * weights).sum(0) / weights.sum(0).clip(1)).tolist()
+    seq_len, alive = tokens.sum() / sum(len(targets) for _, targets in batches), alive.sum(0)
     return model.flops(seq_len, rho if config.rule and config.router_loss else None,
                        (alive / alive[0]).tolist() if alive.any() else None, only), rho
 
@@ -1380,14 +1384,24 @@ METHODS = {
     ('ours', 'with exits'): ('ours', 'exits', '--exits=1'),
     ('ours', 'with halting'): ('dense', 'halting sparsify moefy router',
                                '--halting=1 --router_loss=active'),
-    ('ours', 'adapted'): ('ours', 'adapt', '--expert_price=1'),
-    ('ours', 'with halting, adapted'): ('ours with halting', 'adapt', '--expert_price=1'),
+    ('ours', 'adapted'): ('ours', 'adapt', '--expert_price=1 --distil=0.5'),
+    ('ours', 'with halting, adapted'): ('ours with halting', 'adapt',
+                                        '--expert_price=1 --distil=0.5'),
+    ('ours', 'projections'): ('dense', 'attn sparsify moefy router',
+                              '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
+    ('ours', 'projections, adapted'): ('ours projections', 'adapt',
+                                       '--expert_price=1 --distil=0.5'),
+    # a control of adapted: without a penalty, as many steps
+    ('dense', 'distilled'): ('dense', 'sparsify',
+                             '--sparsity_weight=0 --distil=0.5 --sparsify_steps=260'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
 } | {('d2dmoe', f'experts of {s}'): ('d2dmoe', 'moefy router', f'--expert_size={s}')
      for s in (4, 16, 32, 64, 128)}
-MAIN = [(name, '') for name in ('dense', 'd2dmoe', 'ours', 'moefication', 'masks', 'pruning')] + [
-    ('ours', variant) for variant in ('adapted', 'with halting', 'with halting, adapted')]
+MAIN = {                                # three seeds
+    'dense': ('', 'distilled'), 'd2dmoe': ('',), 'moefication': ('',), 'masks': ('',),
+    'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
+                               'projections', 'projections, adapted')}
 
 def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')
@@ -1429,7 +1443,8 @@ def run_method(train, method, seed, out_dir, typed):
         return train.run(mine | more | dict(out_dir=folder, phase=phase))
 
     for phase in phases.split():
-        run(phase, {*train.LOOP, *train.own_options(phase)})
+        # calibrated on the half that is not reported
+        run(phase, {*train.LOOP, *train.own_options(phase), 'eval_batches'})
     asked = 'eval_batches', 'batch_size'
     if method == ('d2dmoe', ''):            # in its results.json, and so among the rows below
         run('eval', asked, rule='cumulative')
@@ -1440,7 +1455,8 @@ def run_method(train, method, seed, out_dir, typed):
         tokens = mine.config.block_size
         share = mine.flops(tokens)['total'] / other.flops(tokens)['total']
         rows = [read_results(dense)['rows'][0] | dict(method='')] + [
-            r | dict(flops=share, madds=share, speedup=None) for r in rows]
+            r | dict(flops=share, madds=share, speedup=None, flops_first=None, speedup_first=None)
+            for r in rows]
         for r in rows[1:]:                  # not in turn with the other
             r['speedup'] = rows[0]['ms_per_1k_tokens'] / r['ms_per_1k_tokens']
     control = 'dense' in phases.split() or method[0] == 'exits'
@@ -1485,7 +1501,7 @@ def methods_suite(o, device, shape):
     for r in others:
         print(f'{r["method"]} {r["variant"]}'.rstrip() + f': {r["why"]}')
     todo = [(method, seed) for seed in range(o.seeds) for method in METHODS
-            if not reasons[method] and (seed == 0 or method in MAIN)]
+            if not reasons[method] and (seed == 0 or method[1] in MAIN.get(method[0], ()))]
     began = time.time()
     for i, (method, seed) in enumerate(todo):
         left = f', {clock((time.time() - began) / i * (len(todo) - i))} left' if i else ''

@@ -314,7 +314,7 @@ class Transformer(nn.Module):
     def budget(self, flops=None, max_loss=None):
         """A tau for every MLP, by what the router phase measured of each alone: the least loss at
         no more than this share of the FLOPs of every expert, or the least FLOPs at no more than
-        this share added to the loss of every expert, as far as losses add up. Returns the model.
+        this share added to the dense model's loss, as far as losses add up. Returns the model.
         BadInput if no tau is low enough, or nothing was measured."""
         if (flops is None) == (max_loss is None):
             raise BadInput('budget: give one, FLOPs or the loss that may be added')
@@ -330,7 +330,7 @@ class Transformer(nn.Module):
             return self.flops(found['tokens'], rho)['total'] / whole['total']
 
         def added(at):
-            return sum(menu[i][1] for menu, i in zip(menus, at))
+            return found.get('start', 0.0) + sum(menu[i][1] for menu, i in zip(menus, at))
 
         # from most experts to fewest, always by the step that saves most FLOPs for its loss
         while flops is None or cost(at) > flops:

@@ -214,6 +214,7 @@ class Moefy:
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)
 ALPHA = 3.0                             # log alpha at the start: all masks are ones
 TRAVEL = 13                             # as far as log alpha could move at a constant rate
+CLIMB = 10                              # of the multipliers over it: priced before it has moved
 BINARY = 0.8                            # share of the run after which masks are 0 or 1, and stay
 
 class SoftMasks(nn.Module):
@@ -279,6 +280,8 @@ class LearnMasks:
         if not self.masks_chosen <= self.n_masks <= 8:
             raise BadInput(f'--n_masks={self.n_masks}: at most 8, of which --masks_chosen='
                            f'{self.masks_chosen} are taken')
+        if model.config.projections:
+            raise BadInput('learned masks are for FFNs; this model has projections that are MLPs')
         for mlp in model.ffns():
             mlp.router = SoftMasks(mlp, self.n_masks, self.masks_chosen, self.speed)
             mlp.offsets = torch.arange(len(mlp.w_in) + 1, dtype=torch.int32)
@@ -299,7 +302,8 @@ class LearnMasks:
         density = torch.stack([r.density for r in routers]).mean()
         over, log['experts'] = density - 1 + ramp * (1 - self.mask_ratio), density.detach()
         # the multipliers climb where everything else descends
-        linear_, square = self.speed * (2 * model.multipliers.detach() - model.multipliers)
+        now = model.multipliers.detach()
+        linear_, square = CLIMB * self.speed * now + 1e-3 * (now - model.multipliers)
         return task + linear_ * over + square * over ** 2, log
 
     @torch.no_grad()

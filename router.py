@@ -412,7 +412,8 @@ class Route:
 
     @torch.no_grad()
     def report(self, model, batches):
-        """What every MLP alone costs in loss and runs of its neurons, by tau: for budgets."""
+        """For budgets: what every expert on costs in loss, against dense; and what every MLP alone
+        costs and runs of its neurons, by tau."""
         batches, rule, mlps = batches[::2], model.mlps()[0].router.net.rule, model.mlps()
 
         def measured(i):
@@ -425,6 +426,7 @@ class Route:
 
         model.set_rule('')
         (base, _), menus = measured(0), []
+        dense = torch.stack([self.dense.loss(batch) for batch in batches]).mean().item()
         layouts = [model.embed(**inputs)[1] for inputs, _ in batches]
         tokens = sum(int(layout.starts[-1]) / layout.B for layout in layouts) / len(layouts)
         for i, mlp in enumerate(mlps):
@@ -434,7 +436,8 @@ class Route:
                 menu.append((mlp.router.tau, loss / base - 1, rho))
             mlp.router.rule = ''
             menus.append(sorted(menu, key=lambda entry: -entry[2]))
-        model.config.calibration = dict(rule=rule, floor=FLOOR, tokens=tokens, menus=menus)
+        model.config.calibration = dict(rule=rule, floor=FLOOR, tokens=tokens, menus=menus,
+                                        start=base / dense - 1)
         return {}
 
 @dataclass
@@ -449,12 +452,15 @@ class Adapt:
     steps: int = 130
     lr: float = 5e-4
     expert_price: float = 0.0               # loss per token that runs everything; 0: no such phase
+    halt_sooner: float = 0.0                # where tokens halt: so much less is their shift
     distil: Annotated[float, '0..1'] = 0.0
 
     def prepare(self, model, batches):
         rule = ROUTERS[model.config.router_loss].rule
         model.set_rule(rule, 0.5 if rule == 'threshold' else 0.1)
         model.config.calibration = {}       # it was another model's
+        if model.halting is not None:
+            model.halting.shift -= self.halt_sooner
         for mlp in model.mlps():
             mlp.router.soft = True
 

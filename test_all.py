@@ -737,7 +737,7 @@ def test_a_budget_takes_the_best_of_all_choices():
     m = routed(tiny(n_layer=3))
     menus = [[(0.1, 0.0, 1.0), (0.2, 0.01 * k, 0.6), (0.3, 0.03 * k, 0.3), (0.5, 0.09 * k, 0.1)]
              for k in (1, 2, 5)]
-    m.config.calibration = dict(rule='dynk', floor=0.02, tokens=12, menus=menus)
+    m.config.calibration = dict(rule='dynk', floor=0.02, tokens=12, menus=menus, start=-0.02)
     whole = m.flops(12)['total']
 
     def of(choice):
@@ -753,7 +753,8 @@ def test_a_budget_takes_the_best_of_all_choices():
         assert cost <= budget and added <= best + 0.06
         reached += added == pytest.approx(best)
     assert reached > 6
-    taus = m.budget(max_loss=0.05).config.taus
+    # the dense model's loss was 2 % above that of every expert
+    taus = m.budget(max_loss=0.03).config.taus
     assert [mlp.router.tau for mlp in m.mlps()] == taus and m.config.floor == 0.02
     assert of([next(e for e in menu if e[0] == t) for menu, t in zip(menus, taus)])[1] <= 0.05
     refused('as close as', job=m.budget, flops=0.1)
@@ -763,8 +764,11 @@ def test_a_budget_takes_the_best_of_all_choices():
 
 def test_what_budgets_choose_from():
     m, batch = routed(tiny(), kind='active'), (dict(idx=tokens(4, 12)), tokens(4, 12))
-    R.Route(router_loss='active').report(m, [batch])
+    phase = R.Route(router_loss='active')
+    phase.dense = tiny(n_layer=3)
+    phase.report(m, [batch])
     found, base = m.config.calibration, m.set_rule('').loss(batch).item()
+    assert found['start'] == pytest.approx(base / phase.dense.loss(batch).item() - 1, abs=1e-5)
     assert found['rule'] == 'threshold' and found['tokens'] == 12 and len(found['menus']) == 2
     for i, menu in enumerate(found['menus']):
         assert [rho for *_, rho in menu] == sorted((rho for *_, rho in menu), reverse=True)
@@ -1030,6 +1034,28 @@ def test_halting_against_one_text_at_a_time(dtype):
     counts = [[(d > i).sum().item() for d in depth] for i in range(len(masks.alive))]
     assert masks.alive == [(sum(n), sum(x > 0 for x in n), sum(x * x for x in n)) for n in counts]
     refused('keys', job=tiny().add_halting)
+
+@pytest.mark.parametrize('only', [False, True])
+def test_what_experts_cost_where_tokens_leave(only):
+    """Every neuron that a token runs, and every zero among them, counted one by one."""
+    m = routed(tiny(**CLS | dict(n_layer=5)))
+    m.add_halting()
+    m.halting.gain.fill_(3.0), m.halting.shift.fill_(2.0)
+    m.set_rule('dynk', 0.5)
+    batches, extents, ran, n_tokens = [], [], 0, 0
+    for n in (6, 3):
+        keep = torch.arange(12) < torch.randint(4, 13, (n, 1))
+        inputs = dict(idx=tokens(n, 12), attention_mask=keep)
+        batches.append((inputs, torch.zeros(n)))
+        extents.append(bench.extent(m, bench.forward(m, inputs, only)[1]))
+        m(**inputs, only=only, tap=(tap := []))
+        wide = [kernel.neuron_mask(t['mask'].bool(), m.ffns()[0].offsets, 40) for t in tap]
+        ran, n_tokens = ran + sum(w.sum().item() for w in wide), n_tokens + keep.sum().item()
+    cost, rho = bench.cost_of(m, batches, extents, only)
+    assert cost['mlp'] * n_tokens == pytest.approx(4 * 16 * ran) and 0 <= min(rho) < max(rho) < 1
+    if not only:                            # tap and wide are of the last batch
+        zeros = sum((w & (t['a'] == 0)).sum().item() for w, t in zip(wide, tap))
+        assert bench.spared(m, inputs) * keep.sum() == pytest.approx(2 * 16 * zeros)
 
 def test_halting_learns_to_stop_where_it_should():
     depths = []

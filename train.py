@@ -20,7 +20,7 @@ A phase is a class whose fields are its options, and it lives with its method:
     parameters(model)         what learns; [] for no loop                    a run of its own
     loss(model, batch, progress) -> loss, what to log: the task, shares by name
     finish(model)             optional: the change made at the end; what to remember
-    report(model, batches)    optional: what to remember
+    report(model, batches)    optional: what to remember; may compare with self.dense
     looks                     optional: whether prepare() reads batches though nothing learns
 
 `steps` and `lr` are options with the phase's name in front. A new method is such a class and its
@@ -665,7 +665,10 @@ def run_phase(name, typed, value=None, source=None, path=None):
         record |= dict(options=parent['options'] | made_with, parent=checkpoint_hash(source),
                        data=parent['data'])
 
+    before = own['metrics'].get('seconds', 0) if own else 0
+
     def keep(step, optimizer=None):
+        notes['seconds'] = before + time.time() - began
         save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
 
     if steps:
@@ -674,9 +677,9 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
         batches = held_out(corpus, o, device)                    # texts come by length
+        dense = os.path.join(phase.folder, 'dense.pt')
+        phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
         notes |= phase.report(model, batches[::max(1, len(batches) // 8)])
-    # so far as it was not interrupted
-    notes['seconds'] = time.time() - began
     keep(steps)
 
 def pick_device(o):
