@@ -610,6 +610,7 @@ def plot_load(words, shares, path):
         check_writable(path)
     except BadInput as error:
         return f'; {error}'
+    write_json(os.path.splitext(path)[0] + '.json', dict(words=words, shares=shares))
     line, column = 0, 0
     for word, share in zip(words, shares):
         for letter in word:
@@ -636,8 +637,8 @@ def plot_methods(rows, path):
     bars.barh(names, np.clip([within[name] for name in names], -6, 6), color='grey')
     bars.tick_params(labelsize=5)
     bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, cut at 6)')
-    own = [r for r in rows if r['dtype'] == 'fp32' and not r['variant']]
-    for marker, ((name,), mine) in zip('o*s^vDPX<>', grouped(own, 'method').items()):
+    own = [r for r in rows if r['dtype'] == 'fp32' and r['variant'] in MAIN.get(r['method'], ('',))]
+    for marker, (key, mine) in zip('o*s^vDPX<>ph8d', grouped(own, 'method', 'variant').items()):
         points = grouped(mine, 'rule', 'tau')
         for axes, cost in zip(pictures, (lambda r: r['flops'], lambda r: 1 / r['speedup'])):
             line = sorted((100 * statistics.mean(map(cost, of)), [100 * r['delta'] for r in of])
@@ -646,7 +647,7 @@ def plot_methods(rows, path):
             if line:
                 x, y = zip(*line)
                 axes.errorbar(x, [statistics.mean(v) for v in y], [np.ptp(v) / 2 for v in y],
-                              marker=marker, ms=4, lw=1, capsize=2, label=name)
+                              marker=marker, ms=4, lw=1, capsize=2, label=' '.join(key))
     for axes, what in zip(pictures, ('FLOPs', 'measured time')):
         axes.axhline(0, color='black', lw=0.6)
         axes.set(xlabel=f'{what} of the whole model (% of dense)',
@@ -1519,7 +1520,7 @@ def methods_suite(o, device, shape):
     print_methods(rows)
     return rows
 
-BUDGETS = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5
+BUDGETS = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3
 
 def at_budgets(rows):
     """{(method, variant): {budget: [change against dense, a seed each]}} in fp32, by the setting
