@@ -1413,7 +1413,7 @@ def run_method(train, method, seed, out_dir, typed):
     start, phases, own = METHODS[method]
     folder = place(out_dir, method, seed)
     # a method's own options hold for its own phases; the files it starts from keep theirs
-    names = ['data.pt', 'base.pt', 'dense.pt']
+    names = ['data.pt', 'base.pt', 'dense.pt', 'results.json']   # what is known of them, too
     os.makedirs(folder, exist_ok=True)
     while start:
         start = tuple(start.partition(' ')[::2])                 # name, variant
@@ -1449,7 +1449,7 @@ def run_method(train, method, seed, out_dir, typed):
     asked = 'eval_batches', 'batch_size'
     if method == ('d2dmoe', ''):            # in its results.json, and so among the rows below
         run('eval', asked, rule='cumulative')
-    rows = run('eval', asked)['rows']
+    rows = [r for r in run('eval', asked)['rows'] if os.path.dirname(r['file']) == folder]
     if method[0] == 'small':                # compared with the other dense one
         dense = place(out_dir, ('dense', ''), seed)
         mine, other = (load(os.path.join(d, 'dense.pt')) for d in (folder, dense))
