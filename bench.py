@@ -1387,7 +1387,7 @@ METHODS = {
                                '--halting=1 --router_loss=active'),
     ('ours', 'adapted'): ('ours', 'adapt', '--expert_price=1 --distil=0.5'),
     ('ours', 'with halting, adapted'): ('ours with halting', 'adapt',
-                                        '--expert_price=1 --distil=0.5'),
+                                        '--expert_price=1 --distil=0.5 --halt_sooner=1'),
     ('ours', 'projections'): ('dense', 'attn sparsify moefy router',
                               '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
     ('ours', 'projections, adapted'): ('ours projections', 'adapt',
