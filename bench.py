@@ -1392,9 +1392,8 @@ METHODS = {
                               '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
     ('ours', 'projections, adapted'): ('ours projections', 'adapt',
                                        '--expert_price=1 --distil=0.5'),
-    # a control of adapted: without a penalty, as many steps
-    ('dense', 'distilled'): ('dense', 'sparsify',
-                             '--sparsity_weight=0 --distil=0.5 --sparsify_steps=260'),
+    # the control of adapted: without a penalty, twice the steps
+    ('dense', 'distilled'): ('dense', 'sparsify', '--sparsity_weight=0 --distil=0.5'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
 } | {('d2dmoe', f'experts of {s}'): ('d2dmoe', 'moefy router', f'--expert_size={s}')
@@ -1435,6 +1434,8 @@ def run_method(train, method, seed, out_dir, typed):
                                            ('steps', 'lr')):
         if f'sparsify_{what}' in said:
             said.setdefault(f'{phase}_{what}', said[f'sparsify_{what}'])
+    if method == ('dense', 'distilled'):
+        said['sparsify_steps'] = 2 * train.with_defaults(said).sparsify_steps
     if method[0] == 'small':
         heads = said.get('n_head', 4)
         said['n_embd'] = heads * int(0.69 * said.get('n_embd', 256) / heads)

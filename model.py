@@ -300,6 +300,8 @@ class Transformer(nn.Module):
         if rule == 'confidence':        # experts go on as they did
             return self
         taus = list(tau) if each else [tau] * len(self.mlps())
+        if rule == 'topk' and max(taus) > 1:
+            raise ValueError(f'tau={max(taus)}: of topk it is a share, at most 1')
         if len(taus) != len(self.mlps()):
             raise ValueError(f'{len(taus)} values of tau for {len(self.mlps())} MLPs')
         for mlp, own in zip(self.mlps(), taus):
@@ -322,7 +324,8 @@ class Transformer(nn.Module):
         if not c.router_loss:
             raise BadInput('budget needs routers: this model has none yet')
         if not found:
-            raise BadInput('nothing was measured to choose from: run --phase=router --overwrite=1')
+            raise BadInput('nothing was measured to choose from: --phase=router does it, for '
+                           'its own routers; masks, and what adapt has changed, have no budgets')
         at, menus, whole = [0] * len(found['menus']), found['menus'], self.flops(found['tokens'])
 
         def cost(at):

@@ -266,7 +266,7 @@ class LearnMasks:
     wanted = 'n_masks'
     steps: int = 130
     lr: float = 1e-3
-    n_masks: int = 0                    # of an FFN, at most 8; 0: no such phase
+    n_masks: Annotated[int, '0..8'] = 0         # of an FFN; 0: no such phase
     masks_chosen: Annotated[int, '> 0'] = 1     # by each token
     mask_ratio: Annotated[float, '0..1'] = 0.3  # share of the neurons to run
     mask_ramp: Annotated[float, '0..1'] = 0.5   # share of the run over which it falls from 1
@@ -277,9 +277,8 @@ class LearnMasks:
         return TRAVEL / (self.steps * self.lr or 1)
 
     def prepare(self, model, batches):
-        if not self.masks_chosen <= self.n_masks <= 8:
-            raise BadInput(f'--n_masks={self.n_masks}: at most 8, of which --masks_chosen='
-                           f'{self.masks_chosen} are taken')
+        if self.masks_chosen > self.n_masks:
+            raise BadInput(f'--masks_chosen={self.masks_chosen}: at most --n_masks={self.n_masks}')
         if model.config.projections:
             raise BadInput('learned masks are for FFNs; this model has projections that are MLPs')
         for mlp in model.ffns():

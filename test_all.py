@@ -760,6 +760,7 @@ def test_a_budget_takes_the_best_of_all_choices():
     refused('as close as', job=m.budget, flops=0.1)
     refused('none yet', job=tiny().budget, flops=0.9)
     refused('nothing was measured', job=routed(tiny()).budget, flops=0.9)
+    refused('is a share', 'topk', 38, job=m.set_rule, error=ValueError)
     refused('2 values of tau for 3 MLPs', 'dynk', [0.1, 0.2], job=m.set_rule, error=ValueError)
 
 def test_what_budgets_choose_from():
@@ -1487,8 +1488,11 @@ def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     assert {r['split'] for r in rows if r['method'] == 'd2dmoe'} == {'coactivation'}
 
 def test_masks_end_to_end(spoiled, capsys):
-    refused('at most 8', '--phase=masks', '--n_masks=9', out=spoiled)
+    refused('between 0 and 8', '--phase=masks', '--n_masks=9', out=spoiled)
+    refused('at most --n_masks=4', '--phase=masks', '--n_masks=4', '--masks_chosen=5', out=spoiled)
     refused('asks for it', '--phase=masks', out=spoiled)
+    refused('was made without it', '--phase=prune', '--prune=0.5', out=spoiled)
+    assert not (spoiled / 'pruned.pt').exists()
     refused('nothing to learn', '--router_loss=masks', out=spoiled)
     run('--phase=masks', '--n_masks=4', '--masks_steps=10', '--mask_ratio=0.3', out=spoiled)
     assert capsys.readouterr().out.count('token-specific') == 2

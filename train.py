@@ -201,6 +201,7 @@ RANGES = {'0,1,2': ('different whole numbers, a comma between them',
                     lambda v: all(n.isdigit() and v.split(',').count(n) == 1
                                   for n in v.split(','))),
           '> 0': ('positive', lambda v: v > 0), '0..1': ('between 0 and 1', lambda v: 0 <= v <= 1),
+          '0..8': ('between 0 and 8', lambda v: 0 <= v <= 8),
           'letters of qkvo': ('some of the letters qkvo, each once',
                               lambda v: set(v) <= set('qkvo') and len(set(v)) == len(v))}
 
@@ -312,7 +313,8 @@ def check(typed, explicit):
     refuse('n_experts' in typed and o.expert_size,
            f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
     splits = o.phase == 'all' or o.phase in PHASES and 'moefy' in ancestors(o.phase)
-    new = splits and not o.init_from and not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
+    begins = not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
+    new = splits and not o.init_from and begins
     name = 'expert_size' if o.expert_size else 'n_experts'
     refuse(new and getattr(o, name) > 4 * o.n_embd, f'--{name}={getattr(o, name)}: more than the '
            f'{4 * o.n_embd} neurons of an FFN')
@@ -323,6 +325,8 @@ def check(typed, explicit):
     least = least_flops(o) if o.budget else 0.0
     refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
            f'{least:.1%} of the FLOPs; ask for more')
+    refuse((o.exits or o.halting) and begins and not bert, '--exits=1, --halting=1: for BERTs only; '
+           'the next tokens of a GPT need the keys and values of every block')
     refuse(o.exits and o.halting, '--exits=1, --halting=1: tokens that halt do not go with texts '
            'that leave early; give one')
     refuse(o.phase == 'export' and not o.to,
@@ -611,6 +615,15 @@ def resolve(name, typed, value, source, path):
     for option, had in inherited.items():
         refuse(values[option] != had, f'--{option}={values[option]}: {source} was made with '
                f'{had}; leave the option out, {START_AGAIN}')
+    # an optional phase would come between what is there already
+    wanted = getattr(cls, 'wanted', '')
+    if wanted and values[wanted] and not own and not typed.get('overwrite'):
+        here = siblings(os.path.dirname(path) or '.')
+        known = {checkpoint_hash(other) for other in here}
+        for other, data in here.items():
+            refuse(cls.writes in PHASES[data['phase']].reads and data['parent'] in known,
+                   f'--{wanted}: {other} was made without it; use another --out_dir (copies of '
+                   'data.pt, base.pt and dense.pt save their time), or --overwrite=1')
     changed = [f'--{option}={values[option]}: {path} was made with {had}'
                for option, had in own.get('options', {}).items()
                if option in mine and values[option] != had]
