@@ -214,7 +214,6 @@ class Moefy:
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)
 ALPHA = 3.0                             # log alpha at the start: all masks are ones
 TRAVEL = 13                             # as far as log alpha could move at a constant rate
-CLIMB = 10                              # of the multipliers over it: priced before it has moved
 BINARY = 0.8                            # share of the run after which masks are 0 or 1, and stay
 
 class SoftMasks(nn.Module):
@@ -270,6 +269,7 @@ class LearnMasks:
     masks_chosen: Annotated[int, '> 0'] = 1     # by each token
     mask_ratio: Annotated[float, '0..1'] = 0.3  # share of the neurons to run
     mask_ramp: Annotated[float, '0..1'] = 0.5   # share of the run over which it falls from 1
+    mask_climb: float = 1.0             # speed of the multipliers over that of log alpha
     distil: Annotated[float, '0..1'] = 0.0
 
     @property
@@ -302,7 +302,7 @@ class LearnMasks:
         over, log['experts'] = density - 1 + ramp * (1 - self.mask_ratio), density.detach()
         # the multipliers climb where everything else descends
         now = model.multipliers.detach()
-        linear_, square = CLIMB * self.speed * now + 1e-3 * (now - model.multipliers)
+        linear_, square = self.mask_climb * self.speed * now + 1e-3 * (now - model.multipliers)
         return task + linear_ * over + square * over ** 2, log
 
     @torch.no_grad()
