@@ -325,8 +325,8 @@ def check(typed, explicit):
     least = least_flops(o) if o.budget else 0.0
     refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
            f'{least:.1%} of the FLOPs; ask for more')
-    refuse((o.exits or o.halting) and begins and not bert, '--exits=1, --halting=1: for BERTs only; '
-           'the next tokens of a GPT need the keys and values of every block')
+    refuse((o.exits or o.halting) and begins and not bert, '--exits=1, --halting=1: for BERTs '
+           'only; the next tokens of a GPT need the keys and values of every block')
     refuse(o.exits and o.halting, '--exits=1, --halting=1: tokens that halt do not go with texts '
            'that leave early; give one')
     refuse(o.phase == 'export' and not o.to,
