@@ -436,14 +436,6 @@ def report(rows, curve_rows, activity, folder):
           'held-out set, reported on the other:')
     if choice:
         print_table(choice.values())
-        deployable = [r for r in choice.values() if r['speedup']]
-        best = min(deployable, key=lambda r: r['flops'], default=None)
-        if best:
-            print(f'\nat most 1 % worse ({worse(best, rows):+.2%} where it is reported): '
-                  f'{best["router_loss"] or ""} {best["rule"]} {setting(best)}, '
-                  f'{best["flops"]:.0%} of the FLOPs, {best["speedup"]:.2f} x as fast; to use it: '
-                  f'load({best["file"]!r}).set_rule({best["rule"]!r}, '
-                  f'{best["taus"] or best["tau"]})')
     else:
         print('none')
     print()
@@ -453,13 +445,21 @@ def report(rows, curve_rows, activity, folder):
         if gap:
             print(f'{label(curve[0], curve_rows)} {name} {rule} against top-k at equal FLOPs: loss '
                   f'{np.mean(gap):+.2%} on average, {max(gap):+.2%} at worst, {len(gap)} points')
+    names = 'checkpoint', 'router_loss', 'rule', 'tau', 'taus'
     for r in rows:
-        for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype'] and all(
-                f[name] == r[name] for name in ('checkpoint', 'router_loss', 'rule', 'tau'))):
+        for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype']
+                     and all(f[name] == r[name] for name in names)):
             print(f'{r["dtype"]} costs {r["method"]} {r["router_loss"] or ""} {setting(r)} '
                   f'{worse(r, [same]):+.2%} of its {r["metric"]}')
     print(f'{os.path.join(folder, "results.json")} has every row'
           + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
+    deployable = [r for r in choice.values() if r['speedup']]
+    best = min(deployable, key=lambda r: r['flops'], default=None)
+    if best:
+        print(f'\nat most 1 % worse ({worse(best, rows):+.2%} where it is reported): '
+              f'{best["router_loss"] or ""} {best["rule"]} {setting(best)}, {best["flops"]:.0%} of '
+              f'the FLOPs, {best["speedup"]:.2f} x as fast; to use it: load({best["file"]!r})'
+              f'.set_rule({best["rule"]!r}, {best["taus"] or best["tau"]})')
 
 def grouped(rows, *names):
     """{the values of these fields: its rows}."""
