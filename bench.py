@@ -1430,8 +1430,8 @@ def run_method(train, method, seed, out_dir, typed):
     if said.get('expert_size'):
         said.pop('n_experts', None)
     # whatever is fine-tuned takes sparsify's steps and rate
-    for phase, what in itertools.product(('prune', 'masks', 'halting', 'adapt'),
-                                           ('steps', 'lr')):
+    tuned = 'prune', 'masks', 'halting', 'adapt'
+    for phase, what in itertools.product(tuned, ('steps', 'lr')):
         if f'sparsify_{what}' in said:
             said.setdefault(f'{phase}_{what}', said[f'sparsify_{what}'])
     if method == ('dense', 'distilled'):
