@@ -450,7 +450,7 @@ class Adapt:
     reads, writes = ('d2dmoe-active', 'd2dmoe'), 'adapted'
     wanted = 'expert_price'
     steps: int = 130
-    lr: float = 5e-4
+    lr: float = 1e-3
     expert_price: float = 0.0               # loss per token that runs everything; 0: no such phase
     halt_sooner: float = 0.0                # where tokens halt: so much less is their shift
     distil: Annotated[float, '0..1'] = 0.0

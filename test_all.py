@@ -1823,6 +1823,16 @@ def test_the_schedule():
     rates = [train.schedule(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) <= 1 and rates[5] > 0.99
     assert rates[-1] == pytest.approx(0.1, abs=0.01) and rates[5:] == sorted(rates[5:])[::-1]
+    assert min(train.schedule(step, 100, 1.0) for step in range(5, 100)) == 1
+
+def test_sparsify_keeps_its_rate_for_adapt(text, tmp_path, monkeypatch):
+    """--lr_end=1 is sparsify's alone."""
+    ends, real = {}, train.schedule
+    monkeypatch.setattr(train, 'schedule', lambda step, steps, end: (
+        ends.update({steps: end}) or real(step, steps, end)))
+    run(*TINY, f'--data={text}', '--base_steps=2', '--sparsify_steps=3', '--router_steps=4',
+        '--adapt_steps=5', '--lr_end=1', '--expert_price=0.1', '--router_loss=active', out=tmp_path)
+    assert ends == {2: 0.1, 3: 1.0, 4: 0.1, 5: 0.1}
 
 def test_accumulation(text, tmp_path, monkeypatch):
     """Two micro-steps of 4 sequences step like one with these 8."""

@@ -713,9 +713,10 @@ def has_bf16(device):
 
 SAVE_EVERY = 60                             # seconds between checkpoints of a running phase
 
-def schedule(step, steps):
-    """The learning rate as a share of its peak: warm-up over 5 %, then a cosine to a tenth."""
-    return min((step + 1) / max(1, steps // 20), 0.55 + 0.45 * math.cos(math.pi * step / steps))
+def schedule(step, steps, end=0.1):
+    """The learning rate as a share of its peak: warm-up over 5 %, then a cosine down to `end`."""
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return min((step + 1) / max(1, steps // 20), end + (1 - end) * cosine)
 
 def teacher_of(phase, device):
     """dense.pt where --distil asks for its soft labels, else None; and what to remember of it."""
@@ -763,7 +764,7 @@ def learn(name, phase, model, own, corpus, o, device, keep):
             at_the_end.callback(signal.signal, s, usual)
         for step in range(start, steps):
             for group in optimizer.param_groups:
-                group['lr'] = phase.lr * schedule(step, steps)
+                group['lr'] = phase.lr * schedule(step, steps, getattr(phase, 'lr_end', 0.1))
             for micro in range(o.grad_accum):
                 batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name)
                 tokens += n_tokens(batch[0])
