@@ -1376,6 +1376,7 @@ def engine_rows(name, found, tasks, causal):
 
 # name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
 # the same base and control, fine-tuned for as many steps. A method is a line here.
+# The rate stays up in sparsify, adapt takes it down; the control: no penalty, as many steps.
 ONE_SCHEDULE = '--distil=0.5 --router_loss=active --lr_end=1 --expert_price=0.1'
 METHODS = {
     ('dense', ''): ('', 'base dense', ''),
@@ -1416,10 +1417,12 @@ METHODS = {
                                         '--expert_price=1 --distil=0.5 --halt_sooner=1'),
     ('ours', 'projections'): ('dense', 'attn sparsify moefy router',
                               '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
-    # the rate stays up until adapt takes it down; its control: no penalty, as many steps
     ('ours', 'one schedule'): ('dense', 'sparsify moefy router adapt', ONE_SCHEDULE),
     ('ours', 'projections, one schedule'): ('dense', 'attn sparsify moefy router adapt',
                                             '--attn_projections=qkvo ' + ONE_SCHEDULE),
+    ('ours', 'with halting, one schedule'): (
+        'dense', 'halting sparsify moefy router adapt',
+        ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
     ('dense', 'distilled'): ('dense', 'sparsify', '--sparsity_weight=0 --distil=0.5'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
@@ -1428,7 +1431,8 @@ METHODS = {
 MAIN = {                                # three seeds
     'dense': ('', 'distilled'), 'd2dmoe': ('',), 'moefication': ('',), 'masks': ('',),
     'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
-                               'projections', 'one schedule', 'projections, one schedule')}
+                               'projections', 'one schedule', 'projections, one schedule',
+                               'with halting, one schedule')}
 
 def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')
@@ -1510,7 +1514,7 @@ def method_row(r, rows, method, seed, seconds, base):
 def left_out(method, typed):
     """Why a method is not run on a base; '' if it is."""
     bert = typed.get('arch') == 'bert'
-    combined = 'with exits', 'with halting', 'with halting, adapted'
+    combined = 'with exits', *(v for m, v in METHODS if v.startswith('with halting'))
     if (method[0] in ('exits', 'halting') or method[1] in combined) and not bert:
         return 'for BERTs only: the next tokens of a GPT need the keys and values of every block'
     if 'init_from' in typed and (method[0] == 'small' or method[1] == 'GELU kept'):

@@ -70,6 +70,9 @@ PRESETS = {
     'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16,
                  base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
                  sparsify_lr=5e-4, router_width=96),
+    # ours at its best: all parts learn together at the end, in one schedule of the rate
+    'best': dict(out_dir='out-best', attn_projections='qkvo', distil=0.5, lr_end=1.0,
+                 router_loss='active', expert_price=0.1),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
     'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0,
                  block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
@@ -89,7 +92,7 @@ PRESETS = {
 class Command:
     """the command"""
     phase: str = 'all'                      # one of the phases, eval, sample, export, or all
-    preset: Annotated[str, {'': (), **PRESETS}] = ''     # hour: on 2 cores; the others the paper's
+    preset: Annotated[str, {'': (), **PRESETS}] = ''     # hour: larger; gpt2, bert: the paper's
     out_dir: str = 'out'                    # checkpoints, the encoded data, results.json
     overwrite: bool = False                 # run phases again whose options or input changed
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
@@ -828,14 +831,15 @@ def evaluation(typed, paths=()):
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
 
 def chosen(typed, device):
-    """The model that sample and export take: of --router_loss, else d2dmoe.pt, else the latest."""
+    """The model that sample and export take: of --router_loss, else adapted.pt, else d2dmoe.pt,
+    else the latest."""
     o, asked = with_defaults(typed), typed.get('router_loss')
     kinds = {path: data['config']['router_loss'] for path, data in siblings(o.out_dir).items()}
     paths = [path for path, kind in kinds.items() if asked in (None, kind)]
     refuse(not paths, f'--phase={o.phase} finds no checkpoint in --out_dir={o.out_dir} (of '
            f'--router_loss={o.router_loss}): run python train.py first')
-    usual = os.path.join(o.out_dir, 'd2dmoe.pt')
-    path = usual if usual in paths else paths[-1]
+    usual = [os.path.join(o.out_dir, f'{stem}.pt') for stem in ('adapted', 'd2dmoe')]
+    path = next((path for path in usual if path in paths), paths[-1])
     model, kind = build(read_phase(path, unfinished=False), path).to(device), kinds[path]
     ruled = {'tau', 'rule', 'floor'} & typed.keys()
     refuse(ruled and not kind,
