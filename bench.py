@@ -672,7 +672,8 @@ def plot_methods(rows, path):
             if line:
                 x, y = zip(*line)
                 axes.errorbar(x, [statistics.mean(v) for v in y], [np.ptp(v) / 2 for v in y],
-                              marker=marker, ms=4, lw=1, capsize=2, label=' '.join(key))
+                              marker=marker, ms=4, lw=1, capsize=2, label=' '.join(key),
+                              ls='-' if key[0] == 'ours' else ':')
     for axes, what in zip(pictures, ('FLOPs', 'measured time')):
         axes.axhline(0, color='black', lw=0.6)
         axes.set(xlabel=f'{what} of the whole model (% of dense)',
