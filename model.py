@@ -464,31 +464,40 @@ class Transformer(nn.Module):
         """The blocks on tokens (T, D) of which each halts when it has been read enough; what has
         halted is no key for the others any more. -> (T, D), or with `only` (B, D): a text leaves
         with its first token, whose state is all that is asked for."""
-        place, scores, heads = torch.arange(len(x), device=x.device), [], layout.head_rows()
-        total, out, left_over = x.new_zeros(len(x)), torch.zeros_like(x), 0
+        T, heads, scores, left_over = len(x), layout.head_rows().to(x.device), [], 0
+        place, done = torch.arange(T, device=x.device), []
+        # of those that are still read: the sum of h so far, and of h times the state
+        total, out = x.new_zeros(T), torch.zeros_like(x)
         for i in range(self.config.n_layer):
             last = i == self.config.n_layer - 1
             census(layout, tap)
             x = self.through(i, i + 1, x, layout, None, tap, only and last)
             if only and last:
-                place = place[layout.head_rows().to(x.device)]
-            h, missing = self.halting(x), 1 - total[place]
+                rows = layout.head_rows().to(x.device)
+                place, total, out = place[rows], total[rows], out[rows]
+            h, missing = self.halting(x), 1 - total
             ends = (h >= missing - 0.01) | last
-            scores.append(h.sum() / len(total))
+            scores.append(h.sum() / T)
+            left_over = left_over + missing[ends].sum() / T
             weight = torch.where(ends, missing, h)
-            out = out.index_add(0, place, weight[:, None] * x)
-            total = total.index_add(0, place, weight)
-            left_over = left_over + missing[ends].sum() / len(total)
+            total, out = total + weight, torch.addcmul(out, weight[:, None], x)
             if only and not last:
                 lengths = layout.starts.diff().to(x.device)
                 ends = ends | ends[layout.head_rows().to(x.device)].repeat_interleave(lengths)
-            if ends.all():
+            goes, stays = ends.nonzero()[:, 0], (~ends).nonzero()[:, 0]
+            if len(goes):
+                done.append((place[goes], out[goes]))
+            if not len(stays):
                 break
-            if ends.any():
-                x, layout, place = x[~ends], layout.without(ends), place[~ends]
+            if len(goes):
+                layout = layout.without(ends)
+                x, place, total, out = x[stays], place[stays], total[stays], out[stays]
         if torch.is_grad_enabled():
             self.halting.scores, self.halting.missing = scores, left_over
-        return out[heads.to(x.device)] if only else out
+        places, out = map(torch.cat, zip(*done))
+        # where the row of each token is, and back into their order
+        at = place.new_zeros(T).index_copy_(0, places, torch.arange(len(places), device=x.device))
+        return out[at[heads] if only else at]
 
     def leave_early(self, x, layout, tap=None, only=False):
         """The logits of texts, each from the first block after which its exit is sure of them."""

@@ -1584,6 +1584,7 @@ def test_end_to_end(finished, capsys):
                      ('active', 'topk'), ('oracle', 'dynk')}
     for r in rows:
         assert r['flops'] <= 1.2 and r['loss'] > 0 and len(r['experts_per_layer']) == 2
+        assert sum(r['parts'].values()) == pytest.approx(r['flops'])
         assert r['delta'] == pytest.approx(r['loss'] / rows[0]['loss'] - 1)
     # a second run finds everything done, measures nothing and prints the same table
     capsys.readouterr()
