@@ -227,9 +227,12 @@ def cost_of(model, batches, extents, only=False):
                        (alive / alive[0]).tolist() if alive.any() else None, only), rho
 
 def seconds_of(model, dense, inputs, only=False):
-    """Of a forward pass of each, whose shapes have been seen: where tokens leave they are new in
-    every block, and what multiplies them is made for each shape once."""
-    return [timed(partial(forward, m, inputs, only))[1] for m in (model, dense)]
+    """Of a forward pass of each. Not the first on these inputs: oneDNN prepares a product for each
+    new shape, and where tokens leave every block has new ones."""
+    calls = [partial(forward, m, inputs, only) for m in (model, dense)]
+    for call in calls:
+        call()
+    return [timed(call)[1] for call in calls]
 
 def first_token(model, dense, batches):
     """Of a classifier as classify() runs it, with the last block's q, o and FFN for the token alone
@@ -470,21 +473,25 @@ def report(rows, curve_rows, activity, folder):
               f'.set_rule({best["rule"]!r}, {best["taus"] or best["tau"]})')
 
 def print_parts(rows, activity):
-    """Where what is left lies: FLOPs by part at +0.5 % of loss or -1 % of accuracy; how many times
-    the neurons of the true norms (oracle) a router runs, and these those that are not zero."""
+    """Where the FLOPs that are left lie, at +0.5 % of loss or -1 % of accuracy; how many times the
+    neurons of the true norms (oracle) a router of the same experts runs, and the oracle those that
+    are not zero."""
     most = 0.005 if rows[0]['metric'] == 'loss' else 0.01
     choice = [r for r in picked(rows, most).values() if r.get('parts')]
-    print(f'\nFLOPs by part where {rows[0]["metric"]} is within {most:.1%}, picked alike:')
+    if choice:
+        print(f'\nFLOPs by part where {rows[0]["metric"]} is within {most:.1%}, picked likewise:')
     for r in choice:
         print(f'{label(r, rows)} {r["router_loss"] or ""} {setting(r)}: {r["flops"]:.1%} = '
               + ', '.join(f'{name} {share:.1%}' for name, share in r['parts'].items()))
-    for ideal in (r for r in choice if r['router_loss'] == 'oracle' and activity):
-        alive = 1 - statistics.mean(zeros for zeros, *_ in activity)
-        others = [r for r in choice if r['method'] == ideal['method'] and r['rule'] != 'topk']
+    own = [r for r in choice if r['method'] == 'd2dmoe'
+           and r['rule'] == ROUTERS[r['router_loss']].rule]
+    ideal = next((r for r in own if r['router_loss'] == 'oracle' and r['experts']), None)
+    alive = 1 - statistics.mean(zeros for zeros, *_ in activity or [(1,)])
+    if ideal and alive:
         print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x those '
               'that are not zero' + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
-                  for r in others if r is not ideal))
+                  for r in own if r['router_loss'] not in CEILINGS))
 
 def grouped(rows, *names):
     """{the values of these fields: its rows}."""
@@ -1375,10 +1382,10 @@ def engine_rows(name, found, tasks, causal):
 
 # -------------------------------------------------------------------------------------- methods
 
+# the rate stays up in sparsify, adapt takes it down
+ONE_SCHEDULE = '--distil=0.5 --router_loss=active --lr_end=1'
 # name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
 # the same base and control, fine-tuned for as many steps. A method is a line here.
-# The rate stays up in sparsify, adapt takes it down; the control: no penalty, as many steps.
-ONE_SCHEDULE = '--distil=0.5 --router_loss=active --lr_end=1 --expert_price=0.1'
 METHODS = {
     ('dense', ''): ('', 'base dense', ''),
     ('small', ''): ('', 'base dense', ''),              # 0.69 of the width, half of the FLOPs
@@ -1418,12 +1425,15 @@ METHODS = {
                                         '--expert_price=1 --distil=0.5 --halt_sooner=1'),
     ('ours', 'projections'): ('dense', 'attn sparsify moefy router',
                               '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
-    ('ours', 'one schedule'): ('dense', 'sparsify moefy router adapt', ONE_SCHEDULE),
-    ('ours', 'projections, one schedule'): ('dense', 'attn sparsify moefy router adapt',
-                                            '--attn_projections=qkvo ' + ONE_SCHEDULE),
+    ('ours', 'one schedule'): ('dense', 'sparsify moefy router adapt',
+                               ONE_SCHEDULE + ' --expert_price=0.1'),
+    ('ours', 'projections, one schedule'): (
+        'dense', 'attn sparsify moefy router adapt',
+        ONE_SCHEDULE + ' --expert_price=0.1 --attn_projections=qkvo'),
     ('ours', 'with halting, one schedule'): (
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
+    # the control of all that is adapted: no penalty, twice the steps
     ('dense', 'distilled'): ('dense', 'sparsify', '--sparsity_weight=0 --distil=0.5'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
@@ -1521,7 +1531,7 @@ def left_out(method, typed):
     if 'init_from' in typed and (method[0] == 'small' or method[1] == 'GELU kept'):
         return ('only where the base is trained from scratch: a smaller one, or one of GELU, that '
                 'has seen as much text as --init_from is not at hand')
-    shown = '', 'on the pruned', 'adapted', *combined
+    shown = '', 'on the pruned', 'adapted', 'one schedule', 'distilled', *combined
     return 'ablations are for GPTs only' if bert and method[1] not in shown else ''
 
 def methods_suite(o, device, shape):

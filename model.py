@@ -465,15 +465,15 @@ class Transformer(nn.Module):
         halted is no key for the others any more. -> (T, D), or with `only` (B, D): a text leaves
         with its first token, whose state is all that is asked for."""
         T, heads, scores, left_over = len(x), layout.head_rows().to(x.device), [], 0
-        place, done = torch.arange(T, device=x.device), []
-        # of those that are still read: the sum of h so far, and of h times the state
-        total, out = x.new_zeros(T), torch.zeros_like(x)
+        # of the tokens that are still read: where they stood, the sums of h and of h times x so far
+        place, total, out = torch.arange(T, device=x.device), x.new_zeros(T), torch.zeros_like(x)
+        done = [(place[:0], out[:0])]
         for i in range(self.config.n_layer):
             last = i == self.config.n_layer - 1
             census(layout, tap)
             x = self.through(i, i + 1, x, layout, None, tap, only and last)
+            rows = layout.head_rows().to(x.device)
             if only and last:
-                rows = layout.head_rows().to(x.device)
                 place, total, out = place[rows], total[rows], out[rows]
             h, missing = self.halting(x), 1 - total
             ends = (h >= missing - 0.01) | last
@@ -483,7 +483,7 @@ class Transformer(nn.Module):
             total, out = total + weight, torch.addcmul(out, weight[:, None], x)
             if only and not last:
                 lengths = layout.starts.diff().to(x.device)
-                ends = ends | ends[layout.head_rows().to(x.device)].repeat_interleave(lengths)
+                ends = ends | ends[rows].repeat_interleave(lengths)
             goes, stays = ends.nonzero()[:, 0], (~ends).nonzero()[:, 0]
             if len(goes):
                 done.append((place[goes], out[goes]))
@@ -495,7 +495,7 @@ class Transformer(nn.Module):
         if torch.is_grad_enabled():
             self.halting.scores, self.halting.missing = scores, left_over
         places, out = map(torch.cat, zip(*done))
-        # where the row of each token is, and back into their order
+        # back into the order of the tokens
         at = place.new_zeros(T).index_copy_(0, places, torch.arange(len(places), device=x.device))
         return out[at[heads] if only else at]
 

@@ -119,7 +119,7 @@ class Sparsify:
     sparsity_weight: float = 2e-3
     sparsity_ramp: Annotated[float, '0..1'] = 0.5   # share of the run over which the weight rises
     distil: Annotated[float, '0..1'] = 0.0  # share of the task learned from dense.pt's soft labels
-    lr_end: Annotated[float, '0..1'] = 0.1  # of the rate, at the end; 1 where adapt goes on
+    lr_end: Annotated[float, '0..1'] = 0.1  # share of the rate left at the end; 1: adapt lowers it
 
     def prepare(self, model, batches):
         if self.sparsity_loss != 'gelu_clamp' and model.config.activation != 'relu':

@@ -1828,12 +1828,13 @@ def test_the_schedule():
 
 def test_sparsify_keeps_its_rate_for_adapt(text, tmp_path, monkeypatch):
     """--lr_end=1 is sparsify's alone."""
-    ends, real = {}, train.schedule
+    ends, real = [], train.schedule
     monkeypatch.setattr(train, 'schedule', lambda step, steps, end: (
-        ends.update({steps: end}) or real(step, steps, end)))
+        ends.append((steps, end)) or real(step, steps, end)))
     run(*TINY, f'--data={text}', '--base_steps=2', '--sparsify_steps=3', '--router_steps=4',
         '--adapt_steps=5', '--lr_end=1', '--expert_price=0.1', '--router_loss=active', out=tmp_path)
-    assert ends == {2: 0.1, 3: 1.0, 4: 0.1, 5: 0.1}
+    # dense has as many steps as sparsify
+    assert [*dict.fromkeys(ends)] == [(2, 0.1), (3, 0.1), (3, 1.0), (4, 0.1), (5, 0.1)]
 
 def test_accumulation(text, tmp_path, monkeypatch):
     """Two micro-steps of 4 sequences step like one with these 8."""

@@ -69,8 +69,8 @@ from sparsify import Distil, Prune, Sparsify
 PRESETS = {
     'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16,
                  base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
-                 sparsify_lr=5e-4, router_width=96),
-    # ours at its best: all parts learn together at the end, in one schedule of the rate
+                 sparsify_lr=5e-4, adapt_steps=250, adapt_lr=5e-4, router_width=96),
+    # ours at its best: model and routers learn together in the end, the rate comes down but once
     'best': dict(out_dir='out-best', attn_projections='qkvo', distil=0.5, lr_end=1.0,
                  router_loss='active', expert_price=0.1),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
@@ -92,7 +92,7 @@ PRESETS = {
 class Command:
     """the command"""
     phase: str = 'all'                      # one of the phases, eval, sample, export, or all
-    preset: Annotated[str, {'': (), **PRESETS}] = ''     # hour: larger; gpt2, bert: the paper's
+    preset: Annotated[str, {'': (), **PRESETS}] = ''     # best: ours; hour: larger
     out_dir: str = 'out'                    # checkpoints, the encoded data, results.json
     overwrite: bool = False                 # run phases again whose options or input changed
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
@@ -831,15 +831,19 @@ def evaluation(typed, paths=()):
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
 
 def chosen(typed, device):
-    """The model that sample and export take: of --router_loss, else adapted.pt, else d2dmoe.pt,
-    else the latest."""
+    """The model that sample and export take, of --router_loss if that is typed: adapted.pt where it
+    is finished and of what is here, else d2dmoe.pt, else the latest."""
     o, asked = with_defaults(typed), typed.get('router_loss')
-    kinds = {path: data['config']['router_loss'] for path, data in siblings(o.out_dir).items()}
+    here = siblings(o.out_dir)
+    kinds = {path: data['config']['router_loss'] for path, data in here.items()}
     paths = [path for path, kind in kinds.items() if asked in (None, kind)]
     refuse(not paths, f'--phase={o.phase} finds no checkpoint in --out_dir={o.out_dir} (of '
            f'--router_loss={o.router_loss}): run python train.py first')
-    usual = [os.path.join(o.out_dir, f'{stem}.pt') for stem in ('adapted', 'd2dmoe')]
-    path = next((path for path in usual if path in paths), paths[-1])
+    known = {checkpoint_hash(path) for path in here}
+    usual = [path for path in paths if here[path]['phase'] == 'adapt'
+             and here[path]['step'] == here[path]['steps'] and here[path]['parent'] in known]
+    usual += [path for path in paths if os.path.basename(path) == 'd2dmoe.pt']
+    path = [*usual, paths[-1]][0]
     model, kind = build(read_phase(path, unfinished=False), path).to(device), kinds[path]
     ruled = {'tau', 'rule', 'floor'} & typed.keys()
     refuse(ruled and not kind,
