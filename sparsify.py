@@ -11,7 +11,8 @@
 
 alpha rises linearly over the first `sparsity_ramp` of the run (D2DMoE, section 3.1: Hoyer for ViT,
 l1 for BERT and GPT-2, the clamp for models that keep GELU). With `--distil=s` a share s of the task
-is what dense.pt says, not the labels (model.cross_entropy); it is ours, the paper has none.
+is what dense.pt says, not the labels (model.cross_entropy); it is ours, the paper has none. So is
+`--lr_end=1`: the learning rate stays up until `adapt` (router.py) lowers it.
 
 Attention projections have no hidden neurons to be sparse. Before that penalty each may become an
 MLP of the same cost, which is then an MLP like any other. It starts from the largest singular

@@ -1836,6 +1836,19 @@ def test_sparsify_keeps_its_rate_for_adapt(text, tmp_path, monkeypatch):
     # dense has as many steps as sparsify
     assert [*dict.fromkeys(ends)] == [(2, 0.1), (3, 0.1), (3, 1.0), (4, 0.1), (5, 0.1)]
 
+def test_sample_takes_what_is_adapted_once_it_is_finished(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / 'o')
+    adapted, typed = tmp_path / 'o/adapted.pt', dict(out_dir=str(tmp_path / 'o'), phase='sample')
+    assert train.chosen(typed, 'cpu')[0].endswith('/d2dmoe.pt')
+    run('--phase=adapt', '--expert_price=0.1', '--adapt_steps=1', out=tmp_path / 'o')
+    assert train.chosen(typed, 'cpu')[0] == str(adapted)
+    assert train.chosen(typed | dict(router_loss='norm'), 'cpu')[0].endswith('/d2dmoe.pt')
+    data = torch.load(adapted, weights_only=True)
+    # stopped before the end; made from what is no longer here
+    for change in (dict(steps=2), dict(parent='another')):
+        torch.save(data | change, adapted)
+        assert train.chosen(typed, 'cpu')[0].endswith('/d2dmoe.pt')
+
 def test_accumulation(text, tmp_path, monkeypatch):
     """Two micro-steps of 4 sequences step like one with these 8."""
     seen, get_batch = [], train.get_batch
