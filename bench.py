@@ -109,8 +109,9 @@ class Entry(NamedTuple):
 
 def entries(found, paths=()):
     """The checkpoints to measure, dense and, if it is there, sparse first. Of a folder's {path:
-    checkpoint}: every finished one with routers, and what nothing else was made from; or those in
-    `paths`, each by what it says of itself. BadInput if there is no dense one to compare with."""
+    checkpoint}: every finished one with routers unless it was adapted, and what nothing else was
+    made from; or those in `paths`, each by what it says of itself. BadInput if there is no dense
+    one to compare with."""
     def entry(path, data):
         return Entry(path, checkpoint_hash(path), data, data['config']['router_loss'])
 
@@ -138,8 +139,9 @@ def entries(found, paths=()):
             raise BadInput(f'{e.path} stopped at step {e.data["step"]} of {e.data["steps"]}')
     if not paths:
         made_from = {data['parent'] for data in found.values()}
-        others = [e for e in standing
-                  if e.kind or e.hash not in made_from and not e.data['config']['n_experts']]
+        adapted = {e.data['parent'] for e in standing if e.data['phase'] == 'adapt'}
+        others = [e for e in standing if e.hash not in adapted
+                  and (e.kind or e.hash not in made_from and not e.data['config']['n_experts'])]
     return chosen + [e for e in others if e.path not in {c.path for c in chosen}]
 
 def jobs_of(entries, o):
@@ -483,15 +485,15 @@ def print_parts(rows, activity):
     for r in choice:
         print(f'{label(r, rows)} {r["router_loss"] or ""} {setting(r)}: {r["flops"]:.1%} = '
               + ', '.join(f'{name} {share:.1%}' for name, share in r['parts'].items()))
-    own = [r for r in choice if r['method'] == 'd2dmoe'
-           and r['rule'] == ROUTERS[r['router_loss']].rule]
-    ideal = next((r for r in own if r['router_loss'] == 'oracle' and r['experts']), None)
+    ideal = next((r for r in choice if r['router_loss'] == 'oracle' and r['experts']), None)
     alive = 1 - statistics.mean(zeros for zeros, *_ in activity or [(1,)])
     if ideal and alive:
         print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x those '
               'that are not zero' + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
-                  for r in own if r['router_loss'] not in CEILINGS))
+                  for r in choice if r['router_loss'] not in CEILINGS
+                  and (r['method'], r['rule']) == (ideal['method'],
+                                                   ROUTERS[r['router_loss']].rule)))
 
 def grouped(rows, *names):
     """{the values of these fields: its rows}."""
@@ -1484,7 +1486,7 @@ def run_method(train, method, seed, out_dir, typed):
 
     def run(phase, names, **more):
         mine = {name: value for name, value in said.items() if name in names}
-        return train.run(mine | more | dict(out_dir=folder, phase=phase))
+        return train.run(mine | more | dict(out_dir=folder, phase=phase, preset='paper'))
 
     for phase in phases.split():
         # calibrated on the half that is not reported

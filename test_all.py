@@ -1424,8 +1424,8 @@ def test_export_and_in_again(kind, config, owners, hub, tmp_path):
 
 BASE = ['--phase=base', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
         '--batch_size=4', '--base_steps=12']
-TINY = [*BASE[1:], '--sparsify_steps=8', '--router_steps=8', '--n_experts=16', '--router_width=8',
-        '--eval_batches=2', '--attn_steps=8']
+TINY = [*BASE[1:], '--preset=paper', '--sparsify_steps=8', '--router_steps=8', '--n_experts=16',
+        '--router_width=8', '--eval_batches=2', '--attn_steps=8']
 
 def run(*args, out):
     """python train.py, in this process."""
@@ -1470,6 +1470,18 @@ def finished_bert(labelled, tmp_path_factory):
     out = tmp_path_factory.mktemp('bert') / 'out'
     return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--dropout=0.1',
                     '--activation=gelu', '--expert_price=0.3', '--adapt_steps=8', out=out)
+
+def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_path):
+    out, paper = tmp_path / 'out', finished[0]
+    usual = [option for option in TINY if option != '--preset=paper']
+    rows = run(*usual, f'--data={text}', '--adapt_steps=4', out=out)['rows']
+    assert {r['method'] for r in rows} == {'dense', 'sparse', 'adapt'}       # none on the way
+    options = M.read_checkpoint(out / 'adapted.pt')['options']
+    assert {name: options[name] for name in train.OURS} == train.OURS
+    before = sorted(paper.iterdir())
+    assert run(out=paper) and sorted(paper.iterdir()) == before
+    refused('was made with 0.5', '--preset=paper', out=out)
+    refused('with active routers', '--router_loss=norm', out=tmp_path / 'new')
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',

@@ -5,6 +5,7 @@
     python train.py --seeds=0,1,2               all of it once a seed, then mean and spread
     python train.py --phase=sample --prompt='def ' --tau=0.1
     python train.py --phase=export --to=DIR --tau=0.1       a folder that transformers loads, too
+    python train.py --preset=paper              without what is ours; also hour, gpt2, bert
     python train.py --preset=bert --data=emotion.tsv --attn_projections=qkvo
 
     base --> dense                              the control: as many more steps, no penalty
@@ -66,13 +67,15 @@ from sparsify import Distil, Prune, Sparsify
 
 # -------------------------------------------------------------------------------------- options
 
+# where no preset is named: model and routers learn together in the end, the rate comes down once
+OURS = dict(distil=0.5, lr_end=1.0, router_loss='active', expert_price=0.1)
 PRESETS = {
+    # the small GPT as the paper does it; the presets below, too
+    'paper': dict(out_dir='out-paper', distil=0.0, lr_end=0.1, router_loss='norm,active',
+                  expert_price=0.0),
     'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16,
                  base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
                  sparsify_lr=5e-4, adapt_steps=250, adapt_lr=5e-4, router_width=96),
-    # ours at its best: model and routers learn together in the end, the rate comes down but once
-    'best': dict(out_dir='out-best', attn_projections='qkvo', distil=0.5, lr_end=1.0,
-                 router_loss='active', expert_price=0.1),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
     'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0,
                  block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
@@ -92,7 +95,7 @@ PRESETS = {
 class Command:
     """the command"""
     phase: str = 'all'                      # one of the phases, eval, sample, export, or all
-    preset: Annotated[str, {'': (), **PRESETS}] = ''     # best: ours; hour: larger
+    preset: Annotated[str, {'': (), **PRESETS}] = ''     # '' = ours; hour: the paper's, larger
     out_dir: str = 'out'                    # checkpoints, the encoded data, results.json
     overwrite: bool = False                 # run phases again whose options or input changed
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
@@ -278,7 +281,9 @@ def is_labelled(source):
     return source.endswith(('.tsv', '.jsonl'))
 
 def with_defaults(typed):
-    return SimpleNamespace(**{option: f.default for option, f in all_options().items()} | typed)
+    ours = {} if typed.get('preset') else OURS
+    fallback = {option: f.default for option, f in all_options().items()}
+    return SimpleNamespace(**fallback | ours | typed)
 
 def ancestors(name):
     """The phases that lead to this one, itself among them."""
@@ -325,6 +330,9 @@ def check(typed, explicit):
     for kind in o.router_loss.split(','):
         refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
                f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
+    refuse(o.phase == 'all' and begins and o.expert_price
+           and 'active' not in o.router_loss.split(','), f'--router_loss={o.router_loss}: adapt '
+           'learns with active routers; add --preset=paper, which does without')
     least = least_flops(o) if o.budget else 0.0
     refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
            f'{least:.1%} of the FLOPs; ask for more')
@@ -353,6 +361,7 @@ def least_flops(o):
 
 def print_help():
     print(__doc__)
+    usual = with_defaults({})
     for section in (Command, *PHASES, Loop, Use):
         cls = PHASES.get(section, section)
         title = section if section in PHASES else ''
@@ -360,7 +369,7 @@ def print_help():
         lines = inspect.getsource(cls).splitlines()
         for option, f in own_options(section).items():
             line = next((x for x in lines if x.strip().startswith(f'{f.name}:')), '')
-            print(f'    --{option:<18} {f.default!s:<12} {line.partition("# ")[2]}'.rstrip())
+            print(f'    --{option:<18} {getattr(usual, option)!s:<12} {line.partition("# ")[2]}'.rstrip())
 
 # -------------------------------------------------------------------------------------- data
 
@@ -607,7 +616,7 @@ def resolve(name, typed, value, source, path):
     refuse(own and own['phase'] != name,
            f'{path}: holds a checkpoint of another phase; give another place')
     others = list(siblings(os.path.dirname(path) or '.').values())[::-1]
-    values = vars(with_defaults({}))
+    values = vars(with_defaults(dict(preset=typed.get('preset', ''))))
     # each says more than those before it
     for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
         values |= data.get('options', {})
@@ -676,6 +685,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
     # --init_from brought sizes of its own
     made_with |= {option: getattr(phase, f.name) for option, f in options.items()}
     record = dict(phase=name, steps=steps, metrics=notes, options=made_with, parent=None,
+                  preset=o.preset,
                   asked=typed.get(getattr(cls, 'each', '')), data=corpus and corpus.about)
     if parent:
         record |= dict(options=parent['options'] | made_with, parent=checkpoint_hash(source),
@@ -892,7 +902,10 @@ def shaded(model, text, path):
             f'{ran.mean():.1%}' + bench.plot_load(words, shares.tolist(), picture))
 
 def run(typed):
-    o, results = with_defaults(typed), []
+    results, folder = [], with_defaults(typed).out_dir
+    for data in siblings(folder).values():                    # a folder stays what it was
+        typed = dict(preset=data.get('preset', 'paper')) | typed
+    o = with_defaults(typed)
     if o.seeds:                             # each in a folder of its own, then one table
         for seed in map(int, o.seeds.split(',')):
             print(f'---- seed {seed}', flush=True)
@@ -933,10 +946,10 @@ def convert(name):
         for arg in rest:
             refuse(arg.startswith(('--phase=', '--out_dir=', '--seeds=')),
                    f'{arg}: goes from {source} to {path}; leave it out')
-        typed, value = parse([*rest, f'--phase={name}']), None
+        typed, value = dict(preset='paper') | parse([*rest, f'--phase={name}']), None
         if hasattr(PHASES[name], 'each'):   # untyped: the first of the default
             each = PHASES[name].each
-            value = typed.setdefault(each, getattr(with_defaults({}), each).split(',')[0])
+            value = typed.setdefault(each, getattr(with_defaults(typed), each).split(',')[0])
             refuse(',' in value, f'--{each}={value}: one of them; {path} is one file')
         run_phase(name, typed | dict(out_dir=os.path.dirname(path) or '.'), value, source, path)
     guarded(job)
