@@ -31,6 +31,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +100,21 @@ def replayed(calls):
         for call in calls:
             call()
     return [partial(lambda graph, inputs: graph.replay(), graph, calls)]     # which must live on
+
+def profiler(wanted, folder, name):
+    """A context whose step() counts. Of steps 4 to 8: a table of what took how long, the share that
+    torch's own operations took, and a trace for Perfetto in the folder."""
+    def show(found):
+        events = found.key_averages()
+        print(events.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=40))
+        steps = next(e for e in events if e.key.startswith('ProfilerStep'))
+        python = steps.self_cpu_time_total / steps.cpu_time_total
+        path = os.path.join(folder, f'{name}-trace.json')
+        found.export_chrome_trace(path)
+        print(f'{name:8s} {1 - python:.1%} of the time in torch\'s operations; {path} has each')
+    steps = torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=show) if wanted else \
+        contextlib.nullcontext(SimpleNamespace(step=lambda: None))
 
 class Entry(NamedTuple):
     """A checkpoint that is to be measured."""
@@ -255,31 +271,33 @@ def row_of(model, dense, batches):
     """What the table says of a model on its fast path, timed in turn with dense. Every second batch
     is reported, the others are there to pick tau by (`loss_pick`, `accuracy_pick`)."""
     config, mlps = model.config, model.mlps()
-    losses, extents, predicted, times, each = [], [], [], [], []
     # a GPU sizes its grid by it
     for mlp, share in zip(mlps, extent(model, forward(model, batches[0][0])[1])[0]):
         if mlp.router is not None:
             mlp.router.rho = share
-    for i, (inputs, targets) in enumerate(batches):
+
+    def measure(i):
+        (inputs, targets), seconds, each = batches[i], [], []
         logits, masks = forward(model, inputs)
         if i % max(1, len(batches) // 8) == 0:
-            times.append((n_tokens(inputs), *seconds_of(model, dense, inputs)))
-        losses.append(cross_entropy(logits, targets).cpu())
-        extents.append(extent(model, masks))
+            seconds = [(n_tokens(inputs), *seconds_of(model, dense, inputs))]
         # the experts of all MLPs together; where tokens leave there is no such share
         chosen = [mask for mask in masks if mask is not None]    # (T, E) each
         if chosen and not masks.alive:
-            each += torch.cat(chosen, 1).float().mean(1).tolist()
-        predicted.append(logits.argmax(-1) if config.head == 'cls' else None)
+            each = torch.cat(chosen, 1).float().mean(1).tolist()
+        return (cross_entropy(logits, targets).cpu(), extent(model, masks), seconds, each,
+                logits.argmax(-1).cpu() if config.head == 'cls' else None)
 
+    losses, extents, times, each, predicted = zip(*kernel.shared_out(measure, len(batches)))
+    each = sum(each, [])
     pick, report = slice(None, None, 2), slice(1, None, 2) if len(batches) > 1 else slice(None)
-    labels, reported = [targets for _, targets in batches], batches[report]
+    labels, reported = [targets.cpu() for _, targets in batches], batches[report]
     losses = torch.stack(losses)
     cost, rho = cost_of(model, reported, extents[report])
     whole, k = cost_of(dense, reported, [extent(dense, Masks())] * len(reported))[0]['total'], None
     if config.rule == 'topk':
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
-    counts, ours, theirs = zip(*times)
+    counts, ours, theirs = zip(*sum(times, []))
     row = dict(
         k=k, madds=(cost['total'] - spared(model, batches[len(batches) // 2][0])) / whole,
         weight_bytes=None if model.dtype == 'int8' else sum(
@@ -346,9 +364,11 @@ def evaluate(entries, batches, o, settings, folder, device):
     path, jobs = os.path.join(folder, 'results.json'), jobs_of(entries, o)
     settings, old = settings | dict(dense=entries[0].hash), read_results(folder)
     # what was measured with other settings is kept beside it
-    if old and old['settings'] != settings:
+    stale = old and old['settings'] != settings
+    kernel.wait_for_all()                   # they have read it
+    if stale and not kernel.ranks()[0]:
         os.replace(path, path.replace('.json', f'-{int(time.time())}.json'))
-        old = {}
+    old = {} if stale else old
     found = known_rows(old.get('rows', ()), entries, jobs[0][1])
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
     results = dict(config=vars(o), data=about, machine=machine(), settings=settings, rows=[],
@@ -397,7 +417,8 @@ def evaluate(entries, batches, o, settings, folder, device):
     finally:
         results['rows'] = rows_so_far()
         write_json(path, results)
-    report(reported('fp32', o.dtype, 'int8'), reported(o.dtype), results['activity'], folder)
+    if not kernel.ranks()[0]:
+        report(reported('fp32', o.dtype, 'int8'), reported(o.dtype), results['activity'], folder)
     return results
 
 # -------------------------------------------------------------------------------------- tables

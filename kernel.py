@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 try:
@@ -127,6 +128,34 @@ def choose(x, mask, bundle, rho=None):
     if x.is_cpu and not torch.compiler.is_compiling():
         rho = mask.sum().item() / max(1, mask.numel())
     return impl if (0.25 if rho is None else rho) < limit else 'dense'
+
+# ------------------------------------------------------------------------------------------ ranks
+#
+# Under torchrun a run has several processes, its ranks; alone, all of this does nothing.
+
+def ranks():
+    """(which one this is, how many there are)."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+def over_ranks(x, op='SUM'):
+    """x, in place, as all ranks together have it: their sum, or MAX."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+def wait_for_all():
+    if ranks()[1] > 1:
+        dist.barrier()
+
+def shared_out(job, n):
+    """[job(i) for i in range(n)], of which each rank does its part."""
+    rank, size = ranks()
+    mine, parts = [job(i) for i in range(rank, n, size)], [None] * size
+    if size == 1:
+        return mine
+    dist.all_gather_object(parts, mine)
+    return [parts[i % size][i // size] for i in range(n)]
 
 # ------------------------------------------------------------------------------------ plain torch
 

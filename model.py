@@ -27,9 +27,10 @@ from typing import Callable, NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kernel import (ACTIVATIONS, Experts, Int8, LayerCache, Layout, attention,
-                    encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8)
+                    encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8, ranks)
 from router import CEILINGS, Exits, FLOOR, GRID, Halting, Masks, Norm, Router, Share
 
 class BadInput(ValueError):
@@ -205,6 +206,7 @@ class Transformer(nn.Module):
         # what a checkpoint says of the data: tokenizer, names of the classes
         self.about = {}
         self.dtype, self.decoder = 'fp32', None
+        self.checkpoint_activations = False     # whether blocks compute again what they do not keep
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         self.wpe = nn.Embedding(c.block_size, c.n_embd)
         self.wtt = nn.Embedding(c.n_types, c.n_embd) if c.n_types else None
@@ -444,8 +446,15 @@ class Transformer(nn.Module):
                                only, tap)
         rows = layout.head_rows().to(x.device) if only else None
         for i in range(first, end):
-            x = self.blocks[i](x, layout, cache[i] if cache else None, tap,
-                               rows if i == end - 1 else None)
+            # of its own: FSDP copies lists, and a block that runs again taps again
+            own = None if tap is None else type(tap)()
+            args = x, layout, cache[i] if cache else None, own, rows if i == end - 1 else None
+            if self.checkpoint_activations:
+                x = checkpoint(self.blocks[i], *args, use_reentrant=False)
+            else:
+                x = self.blocks[i](*args)
+            if tap is not None:
+                tap += own
         return x
 
     def logits(self, h):
@@ -727,7 +736,10 @@ def tokenizer(about, causal):
 
 def write_atomically(path, write):
     """write(temporary path), flushed and renamed over `path`: a kill leaves the old file or the
-    new one. BadInput names the path if that cannot be done; the old file stays whole."""
+    new one. BadInput names the path if that cannot be done; the old file stays whole. Of several
+    ranks the first writes."""
+    if ranks()[0]:
+        return
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         write(temporary)

@@ -51,7 +51,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import linear
+from kernel import linear, shared_out
 from model import BadInput
 from router import Router
 
@@ -162,11 +162,11 @@ def deal(mlp, n_experts, seed=0, fires=None):
 
 SPLITS = dict(kmeans=kmeans, coactivation=coactivation, random=deal)
 
-def split_mlp(mlp, n_experts, split='kmeans', seed=0, fires=None):
-    """Sort one MLP's neurons into experts, in place."""
+def grouped(mlp, n_experts, split='kmeans', seed=0, fires=None):
+    """What MLP.sort_neurons needs to sort an MLP's neurons into experts: order and offsets."""
     cluster = SPLITS[split](mlp, n_experts, seed, fires)
     offsets = F.pad(cluster.bincount(minlength=n_experts).cumsum(0), (1, 0))
-    mlp.sort_neurons(cluster.argsort(stable=True).to(mlp.w_in.device), offsets)
+    return cluster.argsort(stable=True), offsets
 
 @torch.no_grad()
 def watch(model, batches):
@@ -196,14 +196,20 @@ class Moefy:
     def prepare(self, model, batches):
         mlps, began = model.mlps(), time.time()
         fires = watch(model, batches) if self.looks else [None] * len(mlps)
-        for i, mlp in enumerate(mlps):
-            n = max(1, len(mlp.w_in) // self.expert_size) if self.expert_size else self.n_experts
+
+        def job(i):
+            H = len(mlps[i].w_in)
+            n = max(1, H // self.expert_size) if self.expert_size else self.n_experts
             # a replaced projection is narrower than the FFNs
-            if mlp not in model.ffns():
-                n = min(n, len(mlp.w_in))
-            split_mlp(mlp, n, self.split, self.seed, fires[i])
+            if mlps[i] not in model.ffns():
+                n = min(n, H)
+            found = grouped(mlps[i], n, self.split, self.seed, fires[i])
             left = (time.time() - began) / (i + 1) * (len(mlps) - i - 1)
             print(f'moefy    mlp {i + 1}/{len(mlps)}  {n} experts  {left:.0f} s left', flush=True)
+            return found
+
+        for mlp, found in zip(mlps, shared_out(job, len(mlps))):
+            mlp.sort_neurons(*found)
         model.config.n_experts = [len(mlp.offsets) - 1 for mlp in mlps]
 
     def parameters(self, model):

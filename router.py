@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import ACTIVATIONS, linear, neuron_mask
+from kernel import ACTIVATIONS, linear, neuron_mask, over_ranks, ranks, shared_out
 
 # -------------------------------------------------------------------------------------- rules
 
@@ -181,7 +181,7 @@ class Share(nn.Module):
     def loss(self, seen):
         total = (F.relu(seen.a)[:, seen.grams.index] * seen.grams.valid).sum(-1)        # (T, R)
         # of the batch's largest, as the authors do
-        target = total / total.max().clamp_min(1e-9)
+        target = total / over_ranks(total.max(), 'MAX').clamp_min(1e-9)
         return F.binary_cross_entropy_with_logits(self.logits(seen.x), target)
 
 class Choice(nn.Module):
@@ -406,7 +406,8 @@ class Route:
             with torch.autocast(t['a'].device.type, enabled=False):
                 norms, router = expert_norms(t['a'].float(), g), mlp.router
             if router.scale == 0:
-                router.scale.copy_(norms.square().mean().sqrt().clamp_min(1e-9))
+                square = over_ranks(norms.square().mean()) / ranks()[1]
+                router.scale.copy_(square.sqrt().clamp_min(1e-9))
             losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
         return torch.stack(losses).mean(), {}
 
@@ -425,17 +426,21 @@ class Route:
             return torch.stack(losses).mean().item(), sum(shares) / len(shares)
 
         model.set_rule('')
-        (base, _), menus = measured(0), []
+        base, _ = measured(0)
         dense = torch.stack([self.dense.loss(batch) for batch in batches]).mean().item()
         layouts = [model.embed(**inputs)[1] for inputs, _ in batches]
         tokens = sum(int(layout.starts[-1]) / layout.B for layout in layouts) / len(layouts)
-        for i, mlp in enumerate(mlps):
-            mlp.router.rule, mlp.router.floor, menu = rule, FLOOR, []
-            for mlp.router.tau in GRID[rule]:
+
+        def menu(i):
+            router, found = mlps[i].router, []
+            router.rule, router.floor = rule, FLOOR
+            for router.tau in GRID[rule]:
                 loss, rho = measured(i)
-                menu.append((mlp.router.tau, loss / base - 1, rho))
-            mlp.router.rule = ''
-            menus.append(sorted(menu, key=lambda entry: -entry[2]))
+                found.append((router.tau, loss / base - 1, rho))
+            router.rule = ''
+            return sorted(found, key=lambda entry: -entry[2])
+
+        menus = shared_out(menu, len(mlps))
         model.config.calibration = dict(rule=rule, floor=FLOOR, tokens=tokens, menus=menus,
                                         start=base / dense - 1)
         return {}

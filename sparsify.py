@@ -39,6 +39,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from kernel import over_ranks, ranks
 from model import MLP, BadInput, projection_width
 
 DELTA = -10.0
@@ -196,7 +197,9 @@ class Distil:
         out = []
         for student, (x, y) in zip(self.students.values(), self.seen):
             difference = (student(x, tap).float() - y).square().sum()
-            out.append(difference / y.square().sum().clamp_min(1e-9))
+            # of all ranks: the ratio of sums
+            whole = over_ranks(y.square().sum()) / ranks()[1]
+            out.append(difference / whole.clamp_min(1e-9))
         return torch.stack(out)
 
     def loss(self, model, batch, progress):

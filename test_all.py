@@ -533,7 +533,7 @@ def routed(m, owners=None, kind='norm'):
     """With five k-means experts in each MLP, or uneven slices that have owners."""
     for mlp in m.mlps():
         if owners is None:
-            moefy.split_mlp(mlp, 5)
+            mlp.sort_neurons(*moefy.grouped(mlp, 5))
         else:
             mlp.sort_neurons(torch.randperm(40), OFFSETS)
         mlp.router = R.Router('norm', mlp, owners, 8)

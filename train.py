@@ -36,6 +36,7 @@ if __name__ == '__main__':                  # Ctrl-C while torch is being import
 
 import collections
 import contextlib
+import copy
 import difflib
 import functools
 import glob
@@ -56,8 +57,11 @@ from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 
 import bench
+from kernel import over_ranks, ranks, wait_for_all
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
                    cut, export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
                    write_atomically)
@@ -101,6 +105,9 @@ class Command:
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'
     compile: bool = False                   # torch.compile in base, dense and sparsify
+    fsdp: bool = False                      # under torchrun: each rank keeps a part of the blocks
+    checkpoint_activations: bool = False    # blocks compute again what they would have to keep
+    profile: bool = False                   # a table of a few steps, and OUT_DIR/PHASE-trace.json
 
 @dataclass
 class Loop:
@@ -369,7 +376,8 @@ def print_help():
         lines = inspect.getsource(cls).splitlines()
         for option, f in own_options(section).items():
             line = next((x for x in lines if x.strip().startswith(f'{f.name}:')), '')
-            print(f'    --{option:<18} {getattr(usual, option)!s:<12} {line.partition("# ")[2]}'.rstrip())
+            print(f'    --{option:<18} {getattr(usual, option)!s:<12} '
+                  f'{line.partition("# ")[2]}'.rstrip())
 
 # -------------------------------------------------------------------------------------- data
 
@@ -531,15 +539,17 @@ def encode_labelled(o, texts, kind, about):
           'are cut')
     return out
 
-def get_batch(corpus, o, device, step, phase):
-    """Batch number `step` of a phase: depends on nothing but seed, the phase's name and step."""
+def get_batch(corpus, o, device, step, phase, part=slice(None)):
+    """Batch number `step` of a phase, batch_size sequences a rank: depends on nothing but seed, the
+    phase's name and step. Or a part of it."""
     rng = np.random.default_rng([o.seed, zlib.crc32(phase.encode()), step])
+    n = o.batch_size * ranks()[1]
     if 'classes' in corpus.about:           # one of 16 batches of texts of like lengths
-        pool = rng.integers(0, len(corpus.train.texts), 16 * o.batch_size)
+        pool = rng.integers(0, len(corpus.train.texts), 16 * n)
         at = by_length(corpus.train, pool).reshape(16, -1)[rng.integers(16)]
     else:
-        at = rng.integers(0, len(corpus.train) - o.block_size, o.batch_size)
-    return batch_at(corpus.train, at, o.block_size, device)
+        at = rng.integers(0, len(corpus.train) - o.block_size, n)
+    return batch_at(corpus.train, at[part], o.block_size, device)
 
 def held_out(corpus, o, device):
     """eval_batches x batch_size held-out sequences, evenly spread; texts by length."""
@@ -659,16 +669,21 @@ def run_phase(name, typed, value=None, source=None, path=None):
     if hasattr(cls, 'wanted') and not getattr(phase, cls.wanted):
         refuse(typed.get('phase') == name,
                f'--phase={name} needs a --{cls.wanted} that asks for it')
-        if os.path.isfile(path):            # not any more, by --overwrite=1
+        with contextlib.suppress(FileNotFoundError):             # not any more, by --overwrite=1
             os.remove(path)
         return
+    wait_for_all()                          # they have read what is there
     steps, device, corpus, began = getattr(phase, 'steps', 0), pick_device(o), None, time.time()
     done = own and own['step'] == own['steps']
     if not done:
         check_writable(path, make_folder=True)
     looks = steps or getattr(phase, 'looks', False) or hasattr(phase, 'report')
     if not parent or looks and not done:    # what the base learned from must not have changed
+        if ranks()[0]:                      # the first encodes, the others map its file
+            wait_for_all()
         corpus = open_corpus(o, os.path.dirname(source or path) or '.')
+        if not ranks()[0]:
+            wait_for_all()
         learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
             refuse(parent or not o.overwrite, f'--data={o.data}: changed since {source or path} '
@@ -681,12 +696,14 @@ def run_phase(name, typed, value=None, source=None, path=None):
     batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
     phase.teacher, notes = teacher_of(phase, device)
     notes |= phase.prepare(model, batches) or {}
+    for t in model.state_dict().values() if ranks()[1] > 1 else ():
+        dist.broadcast(t, 0)
     made_with = {option: getattr(o, option) for option in LOOP}
     # --init_from brought sizes of its own
     made_with |= {option: getattr(phase, f.name) for option, f in options.items()}
     record = dict(phase=name, steps=steps, metrics=notes, options=made_with, parent=None,
-                  preset=o.preset,
-                  asked=typed.get(getattr(cls, 'each', '')), data=corpus and corpus.about)
+                  preset=o.preset, asked=typed.get(getattr(cls, 'each', '')),
+                  data=corpus and corpus.about)
     if parent:
         record |= dict(options=parent['options'] | made_with, parent=checkpoint_hash(source),
                        data=parent['data'])
@@ -707,6 +724,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
         notes |= phase.report(model, batches[::max(1, len(batches) // 8)])
     keep(steps)
+    wait_for_all()
 
 def pick_device(o):
     kinds = dict(cuda=torch.cuda, mps=torch.backends.mps, cpu=torch.cpu)
@@ -748,63 +766,149 @@ def taught(batch, phase):
     inputs, labels = batch
     return inputs, (labels, phase.teacher(**inputs), phase.distil)
 
-def learn(name, phase, model, own, corpus, o, device, keep):
-    """AdamW, clipping, accumulation; keep(step, optimizer) writes a checkpoint."""
-    model.train()
-    parameters = [p.requires_grad_(True) for p in phase.parameters(model)]
-    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=o.weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+def is_sharded(p):
+    return hasattr(p, 'full_tensor')
+
+def full(t):
+    """What FSDP keeps a part of on each rank, whole."""
+    return t.full_tensor() if is_sharded(t) else t
+
+def sharded(model, device):
+    """A copy of which each rank keeps a part of every block; embeddings and heads stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh, copied = init_device_mesh(device, (ranks()[1],)), copy.deepcopy(model.cpu())
+    for block in copied.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    return copied.to(device)
+
+def average(parameters):
+    """Gradients become their mean over ranks, a bucket at a time; FSDP's are it already."""
+    if ranks()[1] == 1:
+        return
+    own = [p for p in parameters if not is_sharded(p)]
+    # what one rank did not reach the others may have
+    there = over_ranks(torch.stack([torch.tensor(p.grad is not None) for p in own]).int(), 'MAX')
+    own = [p for p, reached in zip(own, there.tolist()) if reached]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+    while grads:
+        bucket = [grads.pop()]
+        while grads and sum(g.numel() for g in bucket) < 2 ** 24:
+            bucket.append(grads.pop())
+        means = over_ranks(torch.cat([g.flatten() for g in bucket])) / ranks()[1]
+        for mean in means.split([g.numel() for g in bucket]):
+            p = own.pop()
+            p.grad = mean.view_as(p)
+
+def clip(parameters, most=1.0):
+    """Scale the gradients until their norm, which it returns, is at most so much."""
+    learning = [p for p in parameters if p.grad is not None]
+    kinds = [[p for p in learning if is_sharded(p) == kind] for kind in (True, False)]
+    norms = [full(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
+    norm = torch.stack(norms).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, most, norm)
+    return norm
+
+def make_optimizer(model, parameters, phase, o, device, state=None):
+    """AdamW, as a checkpoint's `state` left it: of one rank, of several and of FSDP it is one."""
+    in_blocks, groups = {id(p) for p in model.blocks.parameters()}, []
+    for inside, matrix in itertools.product((True, False), repeat=2):
+        own = [p for p in parameters if (id(p) in in_blocks, p.dim() >= 2) == (inside, matrix)]
+        groups.append(dict(params=own, weight_decay=o.weight_decay * matrix))
     optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.95), fused=device != 'mps')
-    start, steps = own['step'] if own else 0, phase.steps
+    if state:
+        optimizer.load_state_dict(state)
+    from torch.distributed.tensor import distribute_tensor
+    for p, known in optimizer.state.items():
+        for key, t in known.items() if is_sharded(p) else ():
+            if t.dim():
+                known[key] = distribute_tensor(t, p.device_mesh, p.placements)
+    return optimizer
+
+def learn(name, phase, whole, own, corpus, o, device, keep):
+    """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`,
+    which is what learns, unless FSDP shards a copy of it."""
+    whole.train()
+    rank, size = ranks()
     if own:
-        print(f'{name:8s} going on at step {start} of {steps}')
-        model.load_state_dict(own['model'])
+        print(f'{name:8s} going on at step {own["step"]} of {phase.steps}')
+        whole.load_state_dict(own['model'])
         torch.set_rng_state(own['rng'])
-        if own['optimizer']:
-            optimizer.load_state_dict(own['optimizer'])
-    else:
-        keep(0)                             # a place that cannot be written to shows now
+    if rank and whole.config.dropout:       # other neurons for other texts
+        torch.manual_seed(o.seed + rank)
+    model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
+    # what is frozen is small enough
+    if o.fsdp and len(parameters) == len([*whole.parameters()]):
+        model = sharded(whole, device)
+        parameters = [*phase.parameters(model)]
+    optimizer = make_optimizer(model, parameters, phase, o, device, own.get('optimizer'))
+    model.checkpoint_activations = o.checkpoint_activations
+
+    def gather():
+        for mine, theirs in zip(whole.parameters(), model.parameters()) if whole != model else ():
+            mine.data.copy_(full(theirs))
+
+    def write(step):
+        gather()
+        state = optimizer.state_dict()
+        keep(step, state | dict(state={i: {key: full(t) for key, t in known.items()}
+                                       for i, known in state['state'].items()}))
+
+    start, steps = own['step'] if own else 0, phase.steps
+    if not own:
+        write(0)                            # a place that cannot be written to shows now
     if o.compile:
         model.compile()
     began = said = saved = time.time()
-    tokens = 0
+    tokens, stopped = 0, []
     autocast = torch.autocast(device, torch.bfloat16, enabled=has_bf16(device))
-    stopped = []
     with contextlib.ExitStack() as at_the_end:
         # Ctrl-C and a polite kill let the step be finished first
         for s in (signal.SIGINT, signal.SIGTERM):
-            usual = signal.signal(s, lambda *_: stopped.append(1))
+            usual = signal.signal(s, lambda number, frame: stopped.append(number))
             at_the_end.callback(signal.signal, s, usual)
+        profiler = at_the_end.enter_context(bench.profiler(o.profile, phase.folder, name))
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group['lr'] = phase.lr * schedule(step, steps, getattr(phase, 'lr_end', 0.1))
             for micro in range(o.grad_accum):
-                batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name)
-                tokens += n_tokens(batch[0])
+                batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name,
+                                  slice(rank, None, size))
+                tokens += size * n_tokens(batch[0])
                 with autocast:
                     loss, log = phase.loss(model, taught(batch, phase), (step + 1) / steps)
                 (loss / o.grad_accum).backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not torch.isfinite(loss + norm):                  # before it gets into the weights
+            average(parameters)
+            norm = clip(parameters)
+            now, done, log = time.time(), step + 1, dict(task=loss.detach()) | log
+            # the mean over ranks; and whether one was stopped, or the first wants to save
+            due = torch.tensor([len(stopped), not rank and now - saved > SAVE_EVERY])
+            state = torch.cat([torch.stack([*log.values()]).float(), due.to(loss)])
+            state = over_ranks(state).tolist()
+            *means, stop, due = [value / size for value in state]
+            if not math.isfinite(sum(means) + norm):             # before it gets into the weights
                 raise FloatingPointError(
-                    f'{name}: loss {loss.item()}, gradient {norm.item()} long at step {step + 1}; '
+                    f'{name}: loss {means[0]}, gradient {norm.item()} long at step {done}; '
                     f'a smaller --{getattr(phase, "like", name)}_lr than {phase.lr} may help')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            now, done = time.time(), step + 1
             if now - said > 5 or done == steps:
                 said, speed = now, (done - start) / (now - began)
-                shares = ''.join(f'  {key} {log[key]:.1%}' for key in log if key != 'task')
-                print(f'{name:8s} step {done}/{steps}  loss {log.get("task", loss).item():.4f}'
+                shares = ''.join(f'  {key} {mean:.1%}' for key, mean in zip(log, means)
+                                 if key != 'task')
+                print(f'{name:8s} step {done}/{steps}  loss {means[0]:.4f}'
                       f'{shares}  {tokens / (now - began):,.0f} tokens/s  '
                       f'{bench.clock((steps - done) / speed)} left', flush=True)
-            if done < steps and (stopped or now - saved > SAVE_EVERY):
-                keep(done, optimizer.state_dict())
+            profiler.step()
+            if done < steps and (stop or due):
+                write(done)
                 saved = now
-            if done < steps and stopped:
+            if done < steps and stop:
                 raise KeyboardInterrupt(f'{name} stopped at step {done} of {steps}; the same '
-                                        'command goes on from there')
-    model.eval().requires_grad_(False)
+                                        'command goes on from there', 128 + [*stopped, 15][0])
+    gather()
+    whole.to(device).eval().requires_grad_(False)
 
 # -------------------------------------------------------------------------------------- commands
 
@@ -921,17 +1025,37 @@ def run(typed):
         export(model, o.to)
         return print(f'{o.to}: load() reads {path} from it, with its routing; transformers a '
                      'dense model, unless projections are MLPs')
-    for name in (name for name in PHASES if o.phase in ('all', name)):
-        each, values = getattr(PHASES[name], 'each', None), [None]
-        if each:                            # untyped: what was asked for once, and what is there
-            known = [data['asked'] or data['options'][each]
-                     for data in siblings(o.out_dir).values() if data['phase'] == name]
-            asked = [typed[each]] if each in typed else known or [getattr(o, each)]
-            values = dict.fromkeys(','.join(asked).split(','))
-        for value in values:
-            run_phase(name, typed | ({each: ','.join(values)} if each else {}), value)
-    if o.phase in ('all', 'eval'):
-        return evaluation(typed)
+    if o.phase in ('all', 'base'):
+        check_writable(os.path.join(o.out_dir, 'base.pt'), make_folder=True)
+    with locked(o.out_dir):
+        for name in (name for name in PHASES if o.phase in ('all', name)):
+            each, values = getattr(PHASES[name], 'each', None), [None]
+            if each:                        # untyped: what was asked for once, and what is there
+                known = [data['asked'] or data['options'][each]
+                         for data in siblings(o.out_dir).values() if data['phase'] == name]
+                asked = [typed[each]] if each in typed else known or [getattr(o, each)]
+                values = dict.fromkeys(','.join(asked).split(','))
+            for value in values:
+                run_phase(name, typed | ({each: ','.join(values)} if each else {}), value)
+        return evaluation(typed) if o.phase in ('all', 'eval') else None
+
+@contextlib.contextmanager
+def locked(folder):
+    """One run in a folder at a time. The lock goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:                     # Windows
+        fcntl = None
+    with contextlib.ExitStack() as at_the_end:
+        if fcntl and os.path.isdir(folder) and not ranks()[0]:
+            place = os.open(folder, os.O_RDONLY)
+            at_the_end.callback(os.close, place)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f'--out_dir={folder}: another run is at work there; wait for it, or '
+                               'give another') from None
+        yield
 
 def convert(name):
     """`python moefy.py IN.pt OUT.pt --key=value`: one phase from file to file."""
@@ -954,17 +1078,39 @@ def convert(name):
         run_phase(name, typed | dict(out_dir=os.path.dirname(path) or '.'), value, source, path)
     guarded(job)
 
+def join():
+    """Under torchrun become one rank of many -> whether this one may say what failed: the first that
+    asks. Only rank 0 prints."""
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return lambda: True
+    store, rank, size = next(dist.rendezvous('env://'))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if rank:
+        sys.stdout = open(os.devnull, 'w')
+    return lambda: store.add('failed', 1) == 1
+
 def guarded(job):
     """Run it; what the user can mend ends in one sentence and a non-zero exit, no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    first = join()
     try:
         job()
     except (BadInput, FloatingPointError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        if first():
+            print(f'error: {error}', file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 3)
     except KeyboardInterrupt as error:
-        print(f'\n{str(error) or "interrupted"}', file=sys.stderr)
-        sys.exit(130)
+        sentence, code = error.args or ('interrupted', 130)
+        if first():
+            print(f'\n{sentence}', file=sys.stderr)
+        sys.exit(code)
+    except Exception:                       # of the others it is only that one is gone
+        if first():
+            raise
+        sys.exit(1)
 
 if __name__ == '__main__':
     if {'-h', '--help'} & set(sys.argv[1:]):
