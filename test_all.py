@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -1645,6 +1646,100 @@ def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monk
     run(f'--phase={phase}', out=out)
     assert f'going on at step {at} of' in capsys.readouterr().out
     assert M.checkpoint_hash(out / file) == M.checkpoint_hash(finished_bert[0] / file)
+
+def survive(argv):
+    """A run that writes a checkpoint every step, in a process that is going to be killed."""
+    train.SAVE_EVERY = 0
+    train.run(train.parse(argv))
+
+def test_killed_ten_times_is_never_killed(text, finished, tmp_path):
+    context, argv = multiprocessing.get_context('forkserver'), [*TINY, f'--data={text}']
+    context.set_forkserver_preload(['test_all'])
+    moments, alive = np.random.default_rng(0).uniform(0.1, 2, 10), []
+    for seconds in (*moments, None):
+        job = context.Process(target=survive, args=([*argv, f'--out_dir={tmp_path}'],))
+        job.start()
+        job.join(seconds)
+        alive.append(job.is_alive())
+        job.kill()
+        job.join()
+    assert sum(alive) >= 5 and job.exitcode == 0
+    for path in finished[0].glob('*.pt'):
+        if path.name != 'data.pt':
+            assert M.checkpoint_hash(path) == M.checkpoint_hash(tmp_path / path.name)
+
+def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
+    with train.locked(finished[0]):
+        refused('another run is at work', '--phase=eval', out=finished[0])
+    def stopped():
+        raise KeyboardInterrupt('stopped', 128 + signal.SIGTERM)
+    with pytest.raises(SystemExit, match='143'):
+        train.guarded(stopped)
+
+# each phase again, with half of the batch, sharded or not; or until one of the two fails
+AS_RANKS = f'''
+import os, sys
+sys.path.insert(0, {HERE!r})
+import kernel, train
+train.has_bf16 = lambda device: False
+how, *folders = sys.argv[1:]
+
+def again(folder, path, data):
+    own = {{*train.own_options(data['phase']), 'seed'}}
+    own = {{name: value for name, value in data['options'].items() if name in own}}
+    own |= dict(out_dir=folder, phase=data['phase'], batch_size=2, overwrite=True)
+    kernel.wait_for_all()
+    if not kernel.ranks()[0]:
+        os.rename(path, path + '.one')
+    kernel.wait_for_all()
+    train.run(own | dict(fsdp=how == 'sharded'))
+    if not kernel.ranks()[0]:
+        os.replace(path + '.one', path)
+
+def job():
+    get_batch, train.SAVE_EVERY = train.get_batch, 60 if how != 'failing' else 0
+    def failing(corpus, o, device, step, *args):
+        if how == 'failing' and step == 5 and kernel.ranks()[0] == 1:
+            raise ArithmeticError('this rank is lost')
+        return get_batch(corpus, o, device, step, *args)
+    train.get_batch = failing
+    for folder in folders:
+        for path, data in train.siblings(folder).items():
+            again(folder, path, data)
+
+train.guarded(job)
+'''
+
+def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
+    folders, script = [tmp_path / x for x in ('gpt', 'bert', 'exits')], tmp_path / 'ranks.py'
+    script.write_text(AS_RANKS)
+    more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
+            '--masks_steps=20', '--attn_projections=qo', '--attn_steps=20', '--expert_price=0.1',
+            '--adapt_steps=20', '--halting_steps=20', '--exits_steps=20']
+    tiny = [re.sub(r'steps=\d+', 'steps=20', option) for option in TINY]
+    run(*tiny, *more, '--router_loss=active,share', f'--data={text}', out=folders[0])
+    few = [*tiny, more[0], more[1], *more[-4:], f'--data={labelled}', '--router_loss=active']
+    run(*few, '--halting=1', out=folders[1])
+    run(*few, '--exits=1', out=folders[2])
+    shown = r'(\w+) +step 20/20 +loss ([\d.]+)'
+    one = re.findall(shown, capsys.readouterr().out)
+    assert {name for name, _ in one} == {*train.PHASES} - {'moefy'}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    for how in ('whole', 'sharded', 'failing'):
+        asked = folders if how == 'whole' else folders[:1]
+        done = subprocess.run([*command, script, how, *asked], capture_output=True, text=True,
+                              timeout=200)
+        two = re.findall(shown, done.stdout)
+        assert [name for name, _ in two] == [name for name, _ in one[:len(two)]]
+        assert all(abs(float(a) - float(b)) < 1.5e-4 for (_, a), (_, b) in zip(one, two))
+        if how != 'failing':
+            assert not done.returncode and len(two) == (len(one) if how == 'whole' else 9)
+    # the others say nothing, and what is left is gone on with by one process
+    assert done.returncode and done.stderr.count('ArithmeticError: this rank is lost') == 1
+    assert 'Connection closed' not in done.stderr
+    assert M.read_checkpoint(folders[0] / 'base.pt')['step'] == 5
+    run('--phase=base', out=folders[0])
+    assert 'base     going on at step 5 of 20' in capsys.readouterr().out
 
 def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
