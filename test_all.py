@@ -1647,6 +1647,20 @@ def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monk
     assert f'going on at step {at} of' in capsys.readouterr().out
     assert M.checkpoint_hash(out / file) == M.checkpoint_hash(finished_bert[0] / file)
 
+@pytest.mark.parametrize('phase', [train.Base(), sparsify.Sparsify(), R.LearnHalting()])
+def test_computing_activations_again_changes_nothing(phase):
+    m = tiny(causal=False, head='cls', n_classes=3, pooler=True, dropout=0.1)
+    m.train().requires_grad_(True)
+    if isinstance(phase, R.LearnHalting):
+        m.add_halting()
+    batch, found = (M.pad([[1, 2, 3], [4, 5]]), torch.tensor([0, 2])), []
+    for m.checkpoint_activations in (False, True):
+        torch.manual_seed(0)
+        m.zero_grad()
+        phase.loss(m, batch, 1.0)[0].backward()
+        found.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and len(found[0]) == len(found[1])
+
 def survive(argv):
     """A run that writes a checkpoint every step, in a process that is going to be killed."""
     train.SAVE_EVERY = 0
