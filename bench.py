@@ -324,7 +324,7 @@ def read_results(folder):
         with open(os.path.join(folder, 'results.json'), encoding='utf-8') as f:
             old = json.load(f)
         return old if {'rows', 'settings', 'activity', 'config'} <= old.keys() else {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 def write_json(path, content):

@@ -15,6 +15,7 @@ fly); on a CPU `encode_int8` runs all blocks of a model in one call, router and 
     E experts · s neurons in an expert · rho share of neurons run
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -601,7 +602,6 @@ FLAGS = ['-O3', '-std=c++17', '-shared', '-fPIC', f'-DFEW={FEW}', f'-DTINY={TINY
 # that one query and eight rounded differently.
 NATIVE = [['-march=native', '-fopenmp', '--param', 'avoid-fma-max-bits=0'],
           ['-march=native', '-fopenmp'], ['-march=native'], ['-mcpu=native']]
-PID = os.getpid()
 
 def packed(*values):
     """A struct of the source below, every field of which takes 8 bytes: of a tensor its address."""
@@ -617,26 +617,26 @@ def cpu_name():
         return ''.join(sorted({line for line in f if line.startswith(kinds)}))
 
 def compile_cpp(cxx):
-    """Path of the shared library, compiled unless the cache has it."""
-    version = subprocess.run([*cxx, '--version'], capture_output=True, text=True).stdout
+    """The shared library, compiled unless the cache has it and it is whole."""
+    version = subprocess.run([*cxx, '--version'], capture_output=True, encoding='latin-1').stdout
     key = '\0'.join([CPP, *cxx, *FLAGS, *sum(NATIVE, []), version, cpu_name()])
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = os.path.join(cache, 'd2dmoe')
     path = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:16] + '.so')
-    if os.path.exists(path):
-        return path
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(path)
     os.makedirs(folder, exist_ok=True)
     # In the same file system, so that the rename is atomic.
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         for native in NATIVE:
             command = [*cxx, *FLAGS, *native, '-o', f'{tmp}/kernel.so', '-x', 'c++', '-']
-            done = subprocess.run(command, input=CPP, capture_output=True, text=True)
+            done = subprocess.run(command, input=CPP, capture_output=True, errors='replace')
             try:
                 if done.returncode == 0:
                     # OpenMP's runtime may be missing.
                     ctypes.CDLL(f'{tmp}/kernel.so')
                     os.replace(f'{tmp}/kernel.so', path)
-                    return path
+                    return ctypes.CDLL(path)
             except OSError as error:
                 done.stderr = str(error)
     raise OSError(done.stderr.strip()[-2000:])
@@ -645,8 +645,8 @@ def compile_cpp(cxx):
 def library():
     """The compiled kernel, or None (with one warning that says why) where it can't be built."""
     try:
-        return ctypes.CDLL(compile_cpp(shlex.split(os.environ.get('CXX') or 'c++')))
-    except OSError as error:
+        return compile_cpp(shlex.split(os.environ.get('CXX') or 'c++'))
+    except (OSError, ValueError) as error:
         why = f'building the C++ kernel failed: experts run in plain torch, slowly\n{error}'
         return warnings.warn(why)
 
@@ -654,9 +654,10 @@ def library():
 def have_cpp():
     return library() is not None
 
-def n_threads():
-    # In a forked child libgomp would hang.
-    return torch.get_num_threads() if os.getpid() == PID else 1
+# In a forked child libgomp would hang, in torch's operations as in ours.
+n_threads = torch.get_num_threads
+if hasattr(os, 'register_at_fork'):         # not on Windows
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 def cpp_experts(x, mask, bundle, rho=None, path=None):
     """`experts` on a CPU, in fp32 or bf16. path: 'few' or 'many' tokens, None: by their number."""

@@ -21,7 +21,8 @@ import re
 import tempfile
 import textwrap
 import weakref
-from dataclasses import asdict, dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -68,6 +69,13 @@ class Config:
     taus: list = field(default_factory=list)        # of every MLP, where they differ
     # what budget() chooses from: rule, tokens of a text, [[tau, loss it adds, share run]] an MLP
     calibration: dict = field(default_factory=dict)
+
+    def check(self):                    # a file may say anything
+        for f in fields(self):
+            value, kind = getattr(self, f.name), int | float if f.type in (float, list) else f.type
+            for v in value if isinstance(value, list) else [value]:
+                small = not isinstance(v, int | float) or abs(v) < 1 << 31
+                assert isinstance(v, kind) and small and (type(v) is bool) == (kind is bool), f.name
 
 # -------------------------------------------------------------------------------------- modules
 
@@ -201,7 +209,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        assert c.n_embd % c.n_head == 0, 'n_embd must be a multiple of n_head'
+        assert c.n_embd % c.n_head == 0 < c.n_head, 'n_embd must be a multiple of n_head'
         assert c.activation in ACTIVATIONS, f'activation={c.activation} is not known'
         # what a checkpoint says of the data: tokenizer, names of the classes
         self.about = {}
@@ -789,33 +797,51 @@ def reason(error):
     """What an exception of somebody else's says, on one line, or its kind: some say nothing."""
     return textwrap.shorten(str(error), 160, placeholder=' ...') or type(error).__name__
 
+def unpickled(path, every_bit=False):
+    """What torch.save wrote, mapped from the file. No code runs, few bytes take little memory."""
+    with zipfile.ZipFile(path) as archive:
+        assert sum(r.file_size for r in archive.filelist) < os.path.getsize(path), 'compressed'
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith('.pkl')]
+        assert not any(b'\nbytearray\n' in p for p in pickles), 'it makes a bytearray'
+        assert not every_bit or archive.testzip() is None, 'damaged'
+    return torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+
 def read_checkpoint(path):
     """The dict of a checkpoint, its tensors mapped from the file. BadInput if it is none."""
     try:
-        data = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        data = unpickled(path)
+        Config(**data['config']).check()
+        assert isinstance(data['model'], dict) and isinstance(data.get('data'), dict | None), 'odd'
     except FileNotFoundError:
         raise BadInput(f'{path}: no such checkpoint') from None
     except Exception as error:          # torch raises half a dozen kinds for bad files
-        raise BadInput(f'{path}: not a readable checkpoint, perhaps cut short '
-                       f'({reason(error)})') from None
-    if not isinstance(data, dict) or not {'config', 'model'} <= data.keys():
-        raise BadInput(f'{path}: not a d2dmoe checkpoint (it has no config and model)')
+        raise BadInput(f'{path}: not a readable d2dmoe checkpoint, perhaps cut short or of another '
+                       f'version ({reason(error)})') from None
     return data
 
 def build(data, path='checkpoint'):
-    """The model of a checkpoint's dict, in eval mode and without gradients."""
+    """The model of a checkpoint's dict, in eval mode and without gradients. Kernels trust it."""
+    c, state = Config(**data['config']), data['model']
     try:
+        assert c.n_layer <= len(state), f'n_layer={c.n_layer}'
         with torch.device('meta'):
-            model = Transformer(Config(**data['config']))
+            model = Transformer(c)
             for i, block in enumerate(model.blocks):             # neurons may have gone
                 for name in ('w_in', 'b_in', 'w_out'):
-                    shape = data['model'][f'blocks.{i}.mlp.{name}'].shape
+                    shape = len(state[f'blocks.{i}.mlp.w_in']), *getattr(block.mlp, name).shape[1:]
                     setattr(block.mlp, name, nn.Parameter(torch.empty(shape)))
-        model.load_state_dict(data['model'], assign=True)
+        for name, own in model.state_dict().items():
+            t, kind = state[name], torch.float32 if own.is_floating_point() else own.dtype
+            assert t.dtype == kind and t.is_contiguous() and not t.is_meta, f'{name} is no {kind}'
+            assert t.sum().isfinite() or t.isfinite().all(), f'{name} is not finite'
+        model.load_state_dict(state, assign=True)
+        for ends, H in ((mlp.offsets.tolist(), len(mlp.w_in)) for mlp in model.mlps()):
+            assert ends == sorted(ends) and [ends[0], ends[-1]] == [0, H], 'offsets'
+        model.about = data.get('data') or {}
+        assert len(model.about.get('classes') or range(c.n_classes)) == c.n_classes, 'classes'
     except Exception as error:          # whatever a foreign config does to the modules
         raise BadInput(f'{path}: its tensors do not fit its config, or another version wrote it '
                        f'({reason(error)})') from None
-    model.about = data.get('data') or {}
     return model.eval().requires_grad_(False)
 
 def load(where, n_classes=0, dtype='fp32'):
@@ -828,10 +854,11 @@ def load(where, n_classes=0, dtype='fp32'):
     path = inside if os.path.isfile(inside) else where
     ours = os.path.isfile(path) or path.endswith('.pt')
     data = read_checkpoint(path) if ours else read_published(where, n_classes)
-    config, state = dict(data['config']), dict(data['model'])
+    config, state = asdict(Config(**data['config'])), dict(data['model'])
     if n_classes and (config['head'], config['n_classes']) != ('cls', n_classes):
         if config['causal']:
             raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
+        build(data, where)                                       # before its sizes are trusted
         state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
         D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
         (data.get('data') or {}).pop('classes', None)            # they were others
@@ -847,10 +874,7 @@ def peek(where):
     inside = where if os.path.isfile(where) else os.path.join(where, 'd2dmoe.pt')
     if os.path.isfile(inside):
         data = read_checkpoint(inside)
-        try:
-            return Config(**data['config']), data.get('data') or {}
-        except TypeError as error:
-            raise BadInput(f'{inside}: another version wrote it ({reason(error)})') from None
+        return Config(**data['config']), data.get('data') or {}
     c = published_config(where)[1]
     name = 'bytes' if c.vocab_size == 256 else 'gpt2' if c.causal else 'wordpiece'
     return c, dict(tokenizer=name, tokenizer_source=where)

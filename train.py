@@ -64,7 +64,7 @@ import bench
 from kernel import over_ranks, ranks, wait_for_all
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
                    cut, export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
-                   write_atomically)
+                   unpickled, write_atomically)
 from moefy import LearnMasks, Moefy
 from router import GRID, FLOOR, ROUTERS, Adapt, LearnExits, LearnHalting, Route
 from sparsify import Distil, Prune, Sparsify
@@ -425,7 +425,7 @@ def open_corpus(o, folder):
         return checked(o, Corpus(*(np.memmap(f, np.uint16, 'r') for f in bins), about))
     path, known = os.path.join(folder, 'data.pt'), {}
     with contextlib.suppress(Exception):    # not there, or damaged: encoded again
-        known = torch.load(path, mmap=True, weights_only=True)
+        known = unpickled(path, every_bit=True)
     wanted = [o.data, o.val, o.tokenizer, o.arch, o.init_from, o.block_size]
     sources = [text_files(source) for source in (o.data, o.val) if source]
     files = sum(sources, [])
@@ -488,8 +488,9 @@ def encode(o, files):
 def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (label and text)."""
     rows = []
-    lines = open(path, encoding='utf-8-sig', errors='replace', newline='\n')
-    for n, line in enumerate(lines, 1):
+    file = open(path, encoding='utf-8-sig', errors='replace', newline='\n')
+    for n, line in enumerate(iter(lambda: file.readline(1 << 24), ''), 1):
+        refuse(len(line) >> 24, f'{path}, line {n}: has 16 million characters or more')
         try:
             if path.endswith('.jsonl'):
                 row = json.loads(line)
@@ -498,7 +499,7 @@ def read_labelled(path):
                 label, text = line.rstrip('\r\n').split('\t', 1)
             # JSON can spell half a character (a lone surrogate), which nothing can encode
             rows.append(tuple(t.encode('utf-8', 'replace').decode() for t in (label, text)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise BadInput(f'{path}, line {n}: is not of the form label<TAB>text, or in a .jsonl '
                            '{"label": ..., "text": ...}') from None
         refuse(not text.strip(), f'{path}, line {n}: its text is empty')
