@@ -15,6 +15,7 @@ or the dense model.
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import itertools
@@ -100,6 +101,12 @@ def replayed(calls):
         for call in calls:
             call()
     return [partial(lambda graph, inputs: graph.replay(), graph, calls)]     # which must live on
+
+@functools.cache
+def peak(device, dtype):
+    """FLOPs a second of a large matrix product."""
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    return 2 * len(a) ** 3 / in_turn(dict(product=[lambda: a @ a]), rounds=5)['product']
 
 def profiler(wanted, folder, name):
     """A context whose step() counts. Of steps 4 to 8: a table of what took how long, the share that
@@ -327,6 +334,16 @@ def read_results(folder):
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
+def set_aside(folder, settings):
+    """read_results, unless they were measured with other settings: then kept beside the new."""
+    path, old = os.path.join(folder, 'results.json'), read_results(folder)
+    kernel.wait_for_all()                   # all ranks have read it
+    if not old or old['settings'] == settings:
+        return old
+    if not kernel.ranks()[0]:
+        os.replace(path, path.replace('.json', f'-{int(time.time())}.json'))
+    return {}
+
 def write_json(path, content):
     write_atomically(path, lambda t: Path(t).write_text(json.dumps(content, indent=1)))
 
@@ -362,13 +379,8 @@ def evaluate(entries, batches, o, settings, folder, device):
     """Measure what results.json does not know yet (by checkpoint, rule, tau and floor), print the
     table, draw it. Ctrl-C keeps what is done."""
     path, jobs = os.path.join(folder, 'results.json'), jobs_of(entries, o)
-    settings, old = settings | dict(dense=entries[0].hash), read_results(folder)
-    # what was measured with other settings is kept beside it
-    stale = old and old['settings'] != settings
-    kernel.wait_for_all()                   # they have read it
-    if stale and not kernel.ranks()[0]:
-        os.replace(path, path.replace('.json', f'-{int(time.time())}.json'))
-    old = {} if stale else old
+    settings = settings | dict(dense=entries[0].hash)
+    old = set_aside(folder, settings)
     found = known_rows(old.get('rows', ()), entries, jobs[0][1])
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
     results = dict(config=vars(o), data=about, machine=machine(), settings=settings, rows=[],

@@ -43,7 +43,6 @@ HERE, THIS = os.path.split(os.path.abspath(__file__))
 ACTS = list(kernel.ACTIVATIONS)
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
 needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler, c++')
-needs_triton = pytest.mark.skipif(kernel.triton is None, reason='needs triton: pip install triton')
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 # threads cost layers this small more than they bring: on a busy machine 15 times the whole
 torch.set_num_threads(1)

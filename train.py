@@ -443,6 +443,15 @@ def open_corpus(o, folder):
             known[name] = Rows(texts, known[f'{name}_classes'])
     return checked(o, Corpus(known['train'], known['val'], known['about']))
 
+def open_in_turn(o, folder):
+    """open_corpus: the first rank encodes, the others map its file."""
+    if ranks()[0]:
+        wait_for_all()
+    corpus = open_corpus(o, folder)
+    if not ranks()[0]:
+        wait_for_all()
+    return corpus
+
 def checked(o, corpus):
     """A corpus that fits the options, and one line about it."""
     if o.arch == 'bert':
@@ -680,11 +689,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         check_writable(path, make_folder=True)
     looks = steps or getattr(phase, 'looks', False) or hasattr(phase, 'report')
     if not parent or looks and not done:    # what the base learned from must not have changed
-        if ranks()[0]:                      # the first encodes, the others map its file
-            wait_for_all()
-        corpus = open_corpus(o, os.path.dirname(source or path) or '.')
-        if not ranks()[0]:
-            wait_for_all()
+        corpus = open_in_turn(o, os.path.dirname(source or path) or '.')
         learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
             refuse(parent or not o.overwrite, f'--data={o.data}: changed since {source or path} '
@@ -699,16 +704,13 @@ def run_phase(name, typed, value=None, source=None, path=None):
     notes |= phase.prepare(model, batches) or {}
     for t in model.state_dict().values() if ranks()[1] > 1 else ():
         dist.broadcast(t, 0)
-    made_with = {option: getattr(o, option) for option in LOOP}
     # --init_from brought sizes of its own
-    made_with |= {option: getattr(phase, f.name) for option, f in options.items()}
-    record = dict(phase=name, steps=steps, metrics=notes, options=made_with, parent=None,
-                  preset=o.preset, asked=typed.get(getattr(cls, 'each', '')),
-                  data=corpus and corpus.about)
-    if parent:
-        record |= dict(options=parent['options'] | made_with, parent=checkpoint_hash(source),
-                       data=parent['data'])
-
+    made_with = {option: getattr(phase, f.name) for option, f in options.items()}
+    made_with = parent.get('options', {}) | {name: getattr(o, name) for name in LOOP} | made_with
+    record = dict(phase=name, steps=steps, metrics=notes, options=made_with, preset=o.preset,
+                  asked=typed.get(getattr(cls, 'each', '')),
+                  parent=checkpoint_hash(source) if parent else None,
+                  data=parent['data'] if parent else corpus.about)
     before = own['metrics'].get('seconds', 0) if own else 0
 
     def keep(step, optimizer=None):
@@ -783,6 +785,16 @@ def sharded(model, device):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     return copied.to(device)
 
+def gather(model, whole):
+    """What was learned by a sharded copy, into `whole`."""
+    for mine, theirs in zip(whole.parameters(), model.parameters()) if whole != model else ():
+        mine.data.copy_(full(theirs))
+
+def whole_state(optimizer):
+    state = optimizer.state_dict()
+    return state | dict(state={i: {key: full(t) for key, t in known.items()}
+                               for i, known in state['state'].items()})
+
 def average(parameters):
     """Gradients become their mean over ranks, a bucket at a time; FSDP's are it already."""
     if ranks()[1] == 1:
@@ -827,88 +839,102 @@ def make_optimizer(model, parameters, phase, o, device, state=None):
                 known[key] = distribute_tensor(t, p.device_mesh, p.placements)
     return optimizer
 
+@contextlib.contextmanager
+def stops():
+    """The signals that came: Ctrl-C and a polite kill let a step be finished first."""
+    came = []
+    usual = {s: signal.signal(s, lambda number, frame: came.append(number))
+             for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for s, handler in usual.items():
+            signal.signal(s, handler)
+
+def gradient(name, phase, model, corpus, o, device, step):
+    """Of this rank's part of a batch, left in the parameters -> loss and shares, the batch's inputs
+    and targets, and how many tokens all its parts had."""
+    (rank, size), tokens = ranks(), 0
+    for micro in range(o.grad_accum):
+        batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name,
+                          slice(rank, None, size))
+        tokens += size * n_tokens(batch[0])
+        with torch.autocast(device, torch.bfloat16, enabled=has_bf16(device)):
+            loss, log = phase.loss(model, taught(batch, phase), (step + 1) / phase.steps)
+        (loss / o.grad_accum).backward()
+    return dict(task=loss.detach()) | log, batch, tokens
+
+def say_step(name, done, steps, log, speed, flops, left, device):
+    """A line about a step: means over ranks, tokens a second, and what that is of the peak."""
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    used = flops * speed / ranks()[1] / bench.peak(device, dtype)
+    shares = ''.join(f'  {key} {mean:.1%}' for key, mean in log.items() if key != 'task')
+    print(f'{name:8s} step {done}/{steps}  loss {log["task"]:.4f}{shares}  {speed:,.0f} tokens/s, '
+          f'{used:.0%} of the peak  {bench.clock(left)} left', flush=True)
+
+def agree(log, *flags):
+    """Of all ranks: the mean of everything in a log, and whether one has raised a flag."""
+    state = torch.cat([torch.stack([*log.values()]).float(), torch.tensor(flags).to(log['task'])])
+    means = (over_ranks(state) / ranks()[1]).tolist()
+    return dict(zip(log, means)), *means[len(log):]
+
 def learn(name, phase, whole, own, corpus, o, device, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`,
     which is what learns, unless FSDP shards a copy of it."""
     whole.train()
-    rank, size = ranks()
+    rank, start, steps = ranks()[0], own.get('step', 0), phase.steps
     if own:
-        print(f'{name:8s} going on at step {own["step"]} of {phase.steps}')
+        print(f'{name:8s} going on at step {start} of {steps}')
         whole.load_state_dict(own['model'])
         torch.set_rng_state(own['rng'])
     if rank and whole.config.dropout:       # other neurons for other texts
         torch.manual_seed(o.seed + rank)
     model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
-    # what is frozen is small enough
-    if o.fsdp and len(parameters) == len([*whole.parameters()]):
+    # forward, and twice that backward; what is frozen is small enough for one device
+    passes = 3 if len(parameters) == len([*whole.parameters()]) else 1
+    if o.fsdp and passes == 3:
         model = sharded(whole, device)
         parameters = [*phase.parameters(model)]
     optimizer = make_optimizer(model, parameters, phase, o, device, own.get('optimizer'))
     model.checkpoint_activations = o.checkpoint_activations
 
-    def gather():
-        for mine, theirs in zip(whole.parameters(), model.parameters()) if whole != model else ():
-            mine.data.copy_(full(theirs))
-
     def write(step):
-        gather()
-        state = optimizer.state_dict()
-        keep(step, state | dict(state={i: {key: full(t) for key, t in known.items()}
-                                       for i, known in state['state'].items()}))
+        gather(model, whole)
+        keep(step, whole_state(optimizer))
 
-    start, steps = own['step'] if own else 0, phase.steps
     if not own:
         write(0)                            # a place that cannot be written to shows now
     if o.compile:
         model.compile()
     began = said = saved = time.time()
-    tokens, stopped = 0, []
-    autocast = torch.autocast(device, torch.bfloat16, enabled=has_bf16(device))
-    with contextlib.ExitStack() as at_the_end:
-        # Ctrl-C and a polite kill let the step be finished first
-        for s in (signal.SIGINT, signal.SIGTERM):
-            usual = signal.signal(s, lambda number, frame: stopped.append(number))
-            at_the_end.callback(signal.signal, s, usual)
-        profiler = at_the_end.enter_context(bench.profiler(o.profile, phase.folder, name))
+    tokens = 0
+    with stops() as came, bench.profiler(o.profile, phase.folder, name) as profiler:
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group['lr'] = phase.lr * schedule(step, steps, getattr(phase, 'lr_end', 0.1))
-            for micro in range(o.grad_accum):
-                batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name,
-                                  slice(rank, None, size))
-                tokens += size * n_tokens(batch[0])
-                with autocast:
-                    loss, log = phase.loss(model, taught(batch, phase), (step + 1) / steps)
-                (loss / o.grad_accum).backward()
+            log, batch, n = gradient(name, phase, model, corpus, o, device, step)
             average(parameters)
-            norm = clip(parameters)
-            now, done, log = time.time(), step + 1, dict(task=loss.detach()) | log
-            # the mean over ranks; and whether one was stopped, or the first wants to save
-            due = torch.tensor([len(stopped), not rank and now - saved > SAVE_EVERY])
-            state = torch.cat([torch.stack([*log.values()]).float(), due.to(loss)])
-            state = over_ranks(state).tolist()
-            *means, stop, due = [value / size for value in state]
-            if not math.isfinite(sum(means) + norm):             # before it gets into the weights
+            norm, now, done, tokens = clip(parameters), time.time(), step + 1, tokens + n
+            log, stop, due = agree(log, len(came), not rank and now - saved > SAVE_EVERY)
+            if not math.isfinite(log['task'] + norm):            # before it gets into the weights
                 raise FloatingPointError(
-                    f'{name}: loss {means[0]}, gradient {norm.item()} long at step {done}; '
+                    f'{name}: loss {log["task"]}, gradient {norm.item()} long at step {done}; '
                     f'a smaller --{getattr(phase, "like", name)}_lr than {phase.lr} may help')
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if now - said > 5 or done == steps:
-                said, speed = now, (done - start) / (now - began)
-                shares = ''.join(f'  {key} {mean:.1%}' for key, mean in zip(log, means)
-                                 if key != 'task')
-                print(f'{name:8s} step {done}/{steps}  loss {means[0]:.4f}'
-                      f'{shares}  {tokens / (now - began):,.0f} tokens/s  '
-                      f'{bench.clock((steps - done) / speed)} left', flush=True)
+                said, took = now, now - began
+                flops = passes * whole.flops(n_tokens(batch[0]) / len(batch[1]))['total']
+                say_step(name, done, steps, log, tokens / took, flops,
+                         took * (steps - done) / (done - start), device)
             profiler.step()
             if done < steps and (stop or due):
                 write(done)
                 saved = now
             if done < steps and stop:
                 raise KeyboardInterrupt(f'{name} stopped at step {done} of {steps}; the same '
-                                        'command goes on from there', 128 + [*stopped, 15][0])
-    gather()
+                                        'command goes on from there', 128 + [*came, 15][0])
+    gather(model, whole)
     whole.to(device).eval().requires_grad_(False)
 
 # -------------------------------------------------------------------------------------- commands
@@ -937,7 +963,7 @@ def evaluation(typed, paths=()):
     o = with_defaults(entries[-1].data['options'] | dense
                       | dict(eval_batches=before['eval_batches']) | typed)
     check_writable(os.path.join(folder, 'results.json'))
-    corpus, device = open_corpus(o, folder), pick_device(o)
+    corpus, device = open_in_turn(o, folder), pick_device(o)
     for e in entries:
         refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
                f'--data={o.data}: {e.path} learned from another')
@@ -1080,8 +1106,8 @@ def convert(name):
     guarded(job)
 
 def join():
-    """Under torchrun become one rank of many -> whether this one may say what failed: the first that
-    asks. Only rank 0 prints."""
+    """Under torchrun become one rank of many, of which the first prints -> a call that says whether
+    to tell what failed: True for the rank that asks first."""
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return lambda: True
     store, rank, size = next(dist.rendezvous('env://'))
