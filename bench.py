@@ -106,7 +106,7 @@ def replayed(calls):
 def peak(device, dtype):
     """FLOPs a second of a large matrix product."""
     a = torch.randn(1024, 1024, device=device).to(dtype)
-    return 2 * len(a) ** 3 / in_turn(dict(product=[lambda: a @ a]), rounds=5)['product']
+    return 2 * len(a) ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10))
 
 def profiler(wanted, folder, name):
     """A context whose step() counts. Of steps 4 to 8: a table of what took how long, the share that
