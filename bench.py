@@ -105,7 +105,7 @@ def replayed(calls):
 @functools.cache
 def peak(device, dtype):
     """FLOPs a second of a large matrix product."""
-    a = torch.randn(1024, 1024, device=device).to(dtype)
+    a = torch.randn(2 * (8192 if device == 'cuda' else 1024,), device=device).to(dtype)
     return 2 * len(a) ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10))
 
 def profiler(wanted, folder, name):
@@ -120,8 +120,9 @@ def profiler(wanted, folder, name):
         found.export_chrome_trace(path)
         print(f'{name:8s} {1 - python:.1%} of the time in torch\'s operations; {path} has each')
     steps = torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1)
-    return torch.profiler.profile(schedule=steps, on_trace_ready=show) if wanted else \
-        contextlib.nullcontext(SimpleNamespace(step=lambda: None))
+    if wanted and not kernel.ranks()[0]:
+        return torch.profiler.profile(schedule=steps, on_trace_ready=show)
+    return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
 
 class Entry(NamedTuple):
     """A checkpoint that is to be measured."""
@@ -1418,7 +1419,7 @@ def engine_rows(name, found, tasks, causal):
 # -------------------------------------------------------------------------------------- methods
 
 # the rate stays up in sparsify, adapt takes it down
-ONE_SCHEDULE = '--distil=0.5 --router_loss=active --lr_end=1'
+ONE_SCHEDULE = '--router_loss=active --lr_end=1'
 # name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
 # the same base and control, fine-tuned for as many steps. A method is a line here.
 METHODS = {
@@ -1469,13 +1470,13 @@ METHODS = {
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
     # the control of all that is adapted: no penalty, twice the steps
-    ('dense', 'distilled'): ('dense', 'sparsify', '--sparsity_weight=0 --distil=0.5'),
+    ('dense', 'longer'): ('dense', 'sparsify', '--sparsity_weight=0'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
 } | {('d2dmoe', f'experts of {s}'): ('d2dmoe', 'moefy router', f'--expert_size={s}')
      for s in (4, 16, 32, 64, 128)}
 MAIN = {                                # three seeds
-    'dense': ('', 'distilled'), 'd2dmoe': ('',), 'moefication': ('',), 'masks': ('',),
+    'dense': ('', 'longer'), 'd2dmoe': ('',), 'moefication': ('',), 'masks': ('',),
     'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
                                'projections', 'one schedule', 'projections, one schedule',
                                'with halting, one schedule')}
@@ -1511,7 +1512,7 @@ def run_method(train, method, seed, out_dir, typed):
     for phase, what in itertools.product(tuned, ('steps', 'lr')):
         if f'sparsify_{what}' in said:
             said.setdefault(f'{phase}_{what}', said[f'sparsify_{what}'])
-    if method == ('dense', 'distilled'):
+    if method == ('dense', 'longer'):
         said['sparsify_steps'] = 2 * train.with_defaults(said).sparsify_steps
     if method[0] == 'small':
         heads = said.get('n_head', 4)
@@ -1566,7 +1567,7 @@ def left_out(method, typed):
     if 'init_from' in typed and (method[0] == 'small' or method[1] == 'GELU kept'):
         return ('only where the base is trained from scratch: a smaller one, or one of GELU, that '
                 'has seen as much text as --init_from is not at hand')
-    shown = '', 'on the pruned', 'adapted', 'one schedule', 'distilled', *combined
+    shown = '', 'on the pruned', 'adapted', 'one schedule', 'longer', *combined
     return 'ablations are for GPTs only' if bert and method[1] not in shown else ''
 
 def methods_suite(o, device, shape):

@@ -635,6 +635,9 @@ def compile_cpp(cxx):
                 if done.returncode == 0:
                     # OpenMP's runtime may be missing.
                     ctypes.CDLL(f'{tmp}/kernel.so')
+                    # Cut short by a power cut, it would kill whoever loads it.
+                    with open(f'{tmp}/kernel.so', 'rb+') as f:
+                        os.fsync(f.fileno())
                     os.replace(f'{tmp}/kernel.so', path)
                     return ctypes.CDLL(path)
             except OSError as error:

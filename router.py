@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import ACTIVATIONS, linear, neuron_mask, over_ranks, ranks, shared_out
+from kernel import ACTIVATIONS, linear, neuron_mask, over_ranks, shared_out
 
 # -------------------------------------------------------------------------------------- rules
 
@@ -402,12 +402,18 @@ class Route:
         tap, losses = [], []
         with torch.no_grad():
             model.encode(**batch[0], tap=tap)
-        for t, mlp, g in zip(tap, model.mlps(), self.grams):
-            with torch.autocast(t['a'].device.type, enabled=False):
-                norms, router = expert_norms(t['a'].float(), g), mlp.router
-            if router.scale == 0:
-                square = over_ranks(norms.square().mean()) / ranks()[1]
-                router.scale.copy_(square.sqrt().clamp_min(1e-9))
+        with torch.autocast(tap[0]['a'].device.type, enabled=False):
+            norms_of = [expert_norms(t['a'].float(), g) for t, g in zip(tap, self.grams)]
+        if not all(mlp.router.scale for mlp in model.mlps()):
+            # of all ranks; where every token has halted before, a rank has none
+            sums = torch.zeros(len(self.grams), 2, device=norms_of[0].device)
+            for row, norms in zip(sums, norms_of):
+                row += torch.stack([norms.square().sum(), norms.new_tensor(norms.numel())])
+            for mlp, (square, n) in zip(model.mlps(), over_ranks(sums)):
+                if mlp.router.scale == 0 and n:
+                    mlp.router.scale.copy_((square / n).sqrt().clamp_min(1e-9))
+        for t, mlp, g, norms in zip(tap, model.mlps(), self.grams, norms_of):
+            router = mlp.router
             losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
         return torch.stack(losses).mean(), {}
 

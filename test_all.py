@@ -1561,7 +1561,7 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
     assert {name: options[name] for name in train.OURS} == train.OURS
     before = sorted(paper.iterdir())
     assert run(out=paper) and sorted(paper.iterdir()) == before
-    refused('was made with 0.5', '--preset=paper', out=out)
+    refused('was made with', '--preset=paper', out=out)
     refused('with active routers', '--router_loss=norm', out=tmp_path / 'new')
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
@@ -1769,6 +1769,22 @@ def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
         raise KeyboardInterrupt('stopped', 128 + signal.SIGTERM)
     with pytest.raises(SystemExit, match='143'):
         train.guarded(stopped)
+
+def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path, monkeypatch, capsys):
+    def kill(corpus, o, device, step, *args):
+        if step == 11:
+            signal.raise_signal(signal.SIGTERM)
+        return get_batch(corpus, o, device, step, *args)
+    get_batch = train.get_batch
+    monkeypatch.setattr(train, 'get_batch', kill)
+    with pytest.raises(KeyboardInterrupt, match='base is done') as found:
+        run(*TINY, f'--data={text}', out=tmp_path)
+    assert found.value.args[1] == 143 and not (tmp_path / 'dense.pt').exists()
+    # and a folder goes on with what its preset says
+    run('--phase=base', '--preset=hour', *TINY[:5], '--base_steps=1', f'--data={text}',
+        out=tmp_path / 'hour')
+    typed = dict(preset=M.read_checkpoint(tmp_path / 'hour/base.pt')['preset'])
+    assert train.with_defaults(typed).router_width == 96
 
 # each phase again, with half of the batch, sharded or not; or until one of the two fails
 AS_RANKS = f'''

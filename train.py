@@ -37,6 +37,7 @@ if __name__ == '__main__':                  # Ctrl-C while torch is being import
 import collections
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import glob
@@ -72,10 +73,10 @@ from sparsify import Distil, Prune, Sparsify
 # -------------------------------------------------------------------------------------- options
 
 # where no preset is named: model and routers learn together in the end, the rate comes down once
-OURS = dict(distil=0.5, lr_end=1.0, router_loss='active', expert_price=0.1)
+OURS = dict(lr_end=1.0, router_loss='active', expert_price=0.1)
 PRESETS = {
     # the small GPT as the paper does it; the presets below, too
-    'paper': dict(out_dir='out-paper', distil=0.0, lr_end=0.1, router_loss='norm,active',
+    'paper': dict(out_dir='out-paper', lr_end=0.1, router_loss='norm,active',
                   expert_price=0.0),
     'hour': dict(out_dir='out-hour', n_layer=6, n_head=6, n_embd=384, batch_size=16,
                  base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
@@ -288,9 +289,8 @@ def is_labelled(source):
     return source.endswith(('.tsv', '.jsonl'))
 
 def with_defaults(typed):
-    ours = {} if typed.get('preset') else OURS
-    fallback = {option: f.default for option, f in all_options().items()}
-    return SimpleNamespace(**fallback | ours | typed)
+    usual = {option: f.default for option, f in all_options().items()}
+    return SimpleNamespace(**usual | PRESETS.get(typed.get('preset'), OURS) | typed)
 
 def ancestors(name):
     """The phases that lead to this one, itself among them."""
@@ -347,6 +347,8 @@ def check(typed, explicit):
            'only; the next tokens of a GPT need the keys and values of every block')
     refuse(o.exits and o.halting, '--exits=1, --halting=1: tokens that halt do not go with texts '
            'that leave early; give one')
+    refuse(o.fsdp and int(os.environ.get('WORLD_SIZE', 1)) == 1,
+           '--fsdp=1: of several processes each keeps a part; start them with torchrun')
     refuse(o.phase == 'export' and not o.to,
            '--phase=export needs --to=DIR, a folder that is not there yet')
 
@@ -425,7 +427,8 @@ def open_corpus(o, folder):
         return checked(o, Corpus(*(np.memmap(f, np.uint16, 'r') for f in bins), about))
     path, known = os.path.join(folder, 'data.pt'), {}
     with contextlib.suppress(Exception):    # not there, or damaged: encoded again
-        known = unpickled(path, every_bit=True)
+        found = unpickled(path, every_bit=True)
+        known = {name: found[name] for name in ('about', 'wanted', *found)}
     wanted = [o.data, o.val, o.tokenizer, o.arch, o.init_from, o.block_size]
     sources = [text_files(source) for source in (o.data, o.val) if source]
     files = sum(sources, [])
@@ -562,8 +565,8 @@ def get_batch(corpus, o, device, step, phase, part=slice(None)):
     return batch_at(corpus.train, at[part], o.block_size, device)
 
 def held_out(corpus, o, device):
-    """eval_batches x batch_size held-out sequences, evenly spread; texts by length."""
-    n, rows = o.eval_batches * o.batch_size, corpus.val
+    """eval_batches x batch_size sequences a rank, held out, evenly spread; texts by length."""
+    n, rows = o.eval_batches * o.batch_size * ranks()[1], corpus.val
     if 'classes' in corpus.about:
         n = min(n, len(rows.texts))
         at = by_length(rows, np.linspace(0, len(rows.texts) - 1, n).astype(int))
@@ -717,8 +720,11 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes['seconds'] = before + time.time() - began
         save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
 
-    if steps:
-        learn(name, phase, model.to(device), own, corpus, o, device, keep)
+    if model.halting is not None and ranks()[1] > 1:
+        refuse(o.fsdp or name == 'router' and o.router_loss == 'share',
+               '--halting=1 in several processes: one whose tokens have all halted would keep the '
+               'others waiting; without --fsdp, and not with share')
+    stopped = learn(name, phase, model.to(device), own, corpus, o, device, keep) if steps else 0
     if hasattr(phase, 'finish'):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
@@ -728,6 +734,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes |= phase.report(model, batches[::max(1, len(batches) // 8)])
     keep(steps)
     wait_for_all()
+    if stopped:
+        raise KeyboardInterrupt(f'{name} is done; the same command goes on', 128 + stopped)
 
 def pick_device(o):
     kinds = dict(cuda=torch.cuda, mps=torch.backends.mps, cpu=torch.cpu)
@@ -774,7 +782,7 @@ def is_sharded(p):
 
 def full(t):
     """What FSDP keeps a part of on each rank, whole."""
-    return t.full_tensor() if is_sharded(t) else t
+    return t.full_tensor().cpu() if is_sharded(t) else t
 
 def sharded(model, device):
     """A copy of which each rank keeps a part of every block; embeddings and heads stay whole."""
@@ -818,7 +826,7 @@ def clip(parameters, most=1.0):
     learning = [p for p in parameters if p.grad is not None]
     kinds = [[p for p in learning if is_sharded(p) == kind] for kind in (True, False)]
     norms = [full(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
-    norm = torch.stack(norms).norm()
+    norm = torch.stack([norm.to(norms[-1].device) for norm in norms]).norm()
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, most, norm)
     return norm
@@ -830,8 +838,11 @@ def make_optimizer(model, parameters, phase, o, device, state=None):
         own = [p for p in parameters if (id(p) in in_blocks, p.dim() >= 2) == (inside, matrix)]
         groups.append(dict(params=own, weight_decay=o.weight_decay * matrix))
     optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.95), fused=device != 'mps')
-    if state:
-        optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state or optimizer.state_dict())
+    except ValueError:
+        raise BadInput(f'{phase.writes}.pt: begun by another version; finish it there, or begin '
+                       'again with --overwrite=1') from None
     from torch.distributed.tensor import distribute_tensor
     for p, known in optimizer.state.items():
         for key, t in known.items() if is_sharded(p) else ():
@@ -864,13 +875,12 @@ def gradient(name, phase, model, corpus, o, device, step):
         (loss / o.grad_accum).backward()
     return dict(task=loss.detach()) | log, batch, tokens
 
-def say_step(name, done, steps, log, speed, flops, left, device):
-    """A line about a step: means over ranks, tokens a second, and what that is of the peak."""
-    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-    used = flops * speed / ranks()[1] / bench.peak(device, dtype)
+def say_step(name, done, steps, log, speed, cost, left):
+    """A line about a step: means over ranks, tokens a second, and what that is of the peak, of
+    which a token's cost is so much."""
     shares = ''.join(f'  {key} {mean:.1%}' for key, mean in log.items() if key != 'task')
     print(f'{name:8s} step {done}/{steps}  loss {log["task"]:.4f}{shares}  {speed:,.0f} tokens/s, '
-          f'{used:.0%} of the peak  {bench.clock(left)} left', flush=True)
+          f'{speed * cost:.0%} of the peak  {bench.clock(left)} left', flush=True)
 
 def agree(log, *flags):
     """Of all ranks: the mean of everything in a log, and whether one has raised a flag."""
@@ -880,7 +890,7 @@ def agree(log, *flags):
 
 def learn(name, phase, whole, own, corpus, o, device, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`,
-    which is what learns, unless FSDP shards a copy of it."""
+    which is what learns, unless FSDP shards a copy of it. -> the signal that came in the end."""
     whole.train()
     rank, start, steps = ranks()[0], own.get('step', 0), phase.steps
     if own:
@@ -906,8 +916,9 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
         write(0)                            # a place that cannot be written to shows now
     if o.compile:
         model.compile()
+    peak = bench.peak(device, torch.bfloat16 if has_bf16(device) else torch.float32)
     began = said = saved = time.time()
-    tokens = 0
+    tokens = stopped = 0
     with stops() as came, bench.profiler(o.profile, phase.folder, name) as profiler:
         for step in range(start, steps):
             for group in optimizer.param_groups:
@@ -925,17 +936,19 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
             if now - said > 5 or done == steps:
                 said, took = now, now - began
                 flops = passes * whole.flops(n_tokens(batch[0]) / len(batch[1]))['total']
-                say_step(name, done, steps, log, tokens / took, flops,
-                         took * (steps - done) / (done - start), device)
+                say_step(name, done, steps, log, tokens / took, flops / peak / ranks()[1],
+                         took * (steps - done) / (done - start))
             profiler.step()
             if done < steps and (stop or due):
                 write(done)
                 saved = now
-            if done < steps and stop:
+            stopped = [*came, signal.SIGTERM][0] if stop else 0
+            if done < steps and stopped:
                 raise KeyboardInterrupt(f'{name} stopped at step {done} of {steps}; the same '
-                                        'command goes on from there', 128 + [*came, 15][0])
+                                        'command goes on from there', 128 + stopped)
     gather(model, whole)
     whole.to(device).eval().requires_grad_(False)
+    return stopped
 
 # -------------------------------------------------------------------------------------- commands
 
@@ -1033,9 +1046,10 @@ def shaded(model, text, path):
             f'{ran.mean():.1%}' + bench.plot_load(words, shares.tolist(), picture))
 
 def run(typed):
-    results, folder = [], with_defaults(typed).out_dir
-    for data in siblings(folder).values():                    # a folder stays what it was
-        typed = dict(preset=data.get('preset', 'paper')) | typed
+    o, results = with_defaults(typed), []
+    begun = os.path.join(o.out_dir, f's{o.seeds.split(",")[0]}') if o.seeds else o.out_dir
+    for data in siblings(begun).values():   # a folder stays what it was
+        typed = dict(preset=data.get('preset', 'paper'), out_dir=o.out_dir) | typed
     o = with_defaults(typed)
     if o.seeds:                             # each in a folder of its own, then one table
         for seed in map(int, o.seeds.split(',')):
@@ -1114,7 +1128,8 @@ def join():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                            timeout=datetime.timedelta(days=1))   # the first may have to encode
     if rank:
         sys.stdout = open(os.devnull, 'w')
     return lambda: store.add('failed', 1) == 1
