@@ -314,7 +314,8 @@ def test_a_library_that_is_damaged_or_of_another_cpu_is_built_again(monkeypatch,
         assert builds(f'{n}') == n
     # the same home on a machine whose processor has something more, or less
     cpu = re.sub('(?m)^((flags|Features).*)$', r'\1 another', open('/proc/cpuinfo').read())
-    monkeypatch.setattr(kernel, 'open', lambda _: io.StringIO(cpu), raising=False)
+    monkeypatch.setattr(kernel, 'open', lambda path, mode='': open(path, mode) if mode else
+                        io.StringIO(cpu), raising=False)
     assert builds('a') == builds('a') == 5
 
 def serve(n, *paths):
