@@ -2,7 +2,7 @@
 
     python bench.py                             one MLP of GPT-2's size, routed against dense
     python bench.py --suite=decode              a whole GPT-2; also model, peers, engines
-    python bench.py --suite=engines --checkpoint=out/d2dmoe-active.pt   what people deploy
+    python bench.py --suite=engines --checkpoint=out/adapted.pt   what people deploy
     python bench.py --suite=methods             every rival on the same base, control and steps
     python bench.py out/d2dmoe.pt other.pt      loss, FLOPs and time of any checkpoints
 
