@@ -680,8 +680,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
     phase = cls(**{f.name: getattr(o, option) for option, f in options.items()})
     phase.seed, phase.folder = o.seed, os.path.dirname(source or path) or '.'
     if hasattr(cls, 'wanted') and not getattr(phase, cls.wanted):
-        refuse(typed.get('phase') == name,
-               f'--phase={name} needs a --{cls.wanted} that asks for it')
+        refuse(typed.get('phase') == name, f'--phase={name} needs a --{cls.wanted} asking for it')
         with contextlib.suppress(FileNotFoundError):             # not any more, by --overwrite=1
             os.remove(path)
         return
@@ -702,8 +701,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
         return print(f'{name:8s} done ({path})')
     torch.manual_seed(o.seed)
     model = (build(parent, source) if parent else phase.create(corpus.about)).to(device)
-    batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
     phase.teacher, notes = teacher_of(phase, device)
+    batches = (get_batch(corpus, o, device, i, name) for i in itertools.count())
     notes |= phase.prepare(model, batches) or {}
     for t in model.state_dict().values() if ranks()[1] > 1 else ():
         dist.broadcast(t, 0)
@@ -720,22 +719,24 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes['seconds'] = before + time.time() - began
         save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
 
-    if model.halting is not None and ranks()[1] > 1:
-        refuse(o.fsdp or name == 'router' and o.router_loss == 'share',
-               '--halting=1 in several processes: one whose tokens have all halted would keep the '
-               'others waiting; without --fsdp, and not with share')
+    waits = o.fsdp or name == 'router' and o.router_loss == 'share'
+    refuse(model.halting is not None and ranks()[1] > 1 and waits, '--halting=1 in several '
+           'processes does not go with --fsdp or share: one may have no token left')
     stopped = learn(name, phase, model.to(device), own, corpus, o, device, keep) if steps else 0
     if hasattr(phase, 'finish'):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
-        batches = held_out(corpus, o, device)                    # texts come by length
-        dense = os.path.join(phase.folder, 'dense.pt')
-        phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
-        notes |= phase.report(model, batches[::max(1, len(batches) // 8)])
+        notes |= reported(phase, model, held_out(corpus, o, device), device)
     keep(steps)
     wait_for_all()
     if stopped:
         raise KeyboardInterrupt(f'{name} is done; the same command goes on', 128 + stopped)
+
+def reported(phase, model, batches, device):
+    """What a phase has to say on 8 of the held-out batches: texts come by length."""
+    dense = os.path.join(phase.folder, 'dense.pt')
+    phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
+    return phase.report(model, batches[::max(1, len(batches) // 8)])
 
 def pick_device(o):
     kinds = dict(cuda=torch.cuda, mps=torch.backends.mps, cpu=torch.cpu)
@@ -759,6 +760,10 @@ def schedule(step, steps, end=0.1):
     """The learning rate as a share of its peak: warm-up over 5 %, then a cosine down to `end`."""
     cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return min((step + 1) / max(1, steps // 20), end + (1 - end) * cosine)
+
+def set_rate(optimizer, phase, step):
+    for group in optimizer.param_groups:
+        group['lr'] = phase.lr * schedule(step, phase.steps, getattr(phase, 'lr_end', 0.1))
 
 def teacher_of(phase, device):
     """dense.pt where --distil asks for its soft labels, else None; and what to remember of it."""
@@ -891,7 +896,6 @@ def agree(log, *flags):
 def learn(name, phase, whole, own, corpus, o, device, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`,
     which is what learns, unless FSDP shards a copy of it. -> the signal that came in the end."""
-    whole.train()
     rank, start, steps = ranks()[0], own.get('step', 0), phase.steps
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
@@ -899,6 +903,7 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
         torch.set_rng_state(own['rng'])
     if rank and whole.config.dropout:       # other neurons for other texts
         torch.manual_seed(o.seed + rank)
+    whole.train()
     model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
     # forward, and twice that backward; what is frozen is small enough for one device
     passes = 3 if len(parameters) == len([*whole.parameters()]) else 1
@@ -917,12 +922,11 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
     if o.compile:
         model.compile()
     peak = bench.peak(device, torch.bfloat16 if has_bf16(device) else torch.float32)
-    began = said = saved = time.time()
-    tokens = stopped = 0
+    began, tokens, stopped = time.time(), 0, 0
+    said = saved = began
     with stops() as came, bench.profiler(o.profile, phase.folder, name) as profiler:
         for step in range(start, steps):
-            for group in optimizer.param_groups:
-                group['lr'] = phase.lr * schedule(step, steps, getattr(phase, 'lr_end', 0.1))
+            set_rate(optimizer, phase, step)
             log, batch, n = gradient(name, phase, model, corpus, o, device, step)
             average(parameters)
             norm, now, done, tokens = clip(parameters), time.time(), step + 1, tokens + n
