@@ -680,7 +680,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
     phase = cls(**{f.name: getattr(o, option) for option, f in options.items()})
     phase.seed, phase.folder = o.seed, os.path.dirname(source or path) or '.'
     if hasattr(cls, 'wanted') and not getattr(phase, cls.wanted):
-        refuse(typed.get('phase') == name, f'--phase={name} needs a --{cls.wanted} asking for it')
+        refuse(typed.get('phase') == name, f'--phase={name} needs a --{cls.wanted} that '
+               'asks for it')
         with contextlib.suppress(FileNotFoundError):             # not any more, by --overwrite=1
             os.remove(path)
         return
