@@ -105,7 +105,9 @@ def replayed(calls):
 @functools.cache
 def peak(device, dtype):
     """FLOPs a second of a large matrix product."""
-    a = torch.randn(2 * (8192 if device == 'cuda' else 1024,), device=device).to(dtype)
+    # a generator of its own: runs that go on have to draw the same numbers
+    a = torch.randn(2 * (8192 if device == 'cuda' else 1024,), device=device,
+                    generator=torch.Generator(device)).to(dtype)
     return 2 * len(a) ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10))
 
 def profiler(wanted, folder, name):

@@ -1747,21 +1747,27 @@ def survive(argv):
     train.SAVE_EVERY = 0
     train.run(train.parse(argv))
 
-def test_killed_ten_times_is_never_killed(text, finished, tmp_path):
-    context, argv = multiprocessing.get_context('forkserver'), [*TINY, f'--data={text}']
+# every phase but exits, which do not go with halting
+ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
+       '--attn_projections=qo', '--router_loss=active', '--expert_price=0.3', '--adapt_steps=5',
+       '--n_masks=3', '--masks_steps=5', '--distil=0.5']
+
+def test_killed_ten_times_is_never_killed(labelled, tmp_path):
+    context, argv = multiprocessing.get_context('forkserver'), [*TINY, f'--data={labelled}', *ALL]
     context.set_forkserver_preload(['test_all'])
     moments, alive = np.random.default_rng(0).uniform(0.1, 2, 10), []
-    for seconds in (*moments, None):
-        job = context.Process(target=survive, args=([*argv, f'--out_dir={tmp_path}'],))
+    for out, seconds in [('whole', None), *(('killed', s) for s in moments), ('killed', None)]:
+        job = context.Process(target=survive, args=([*argv, f'--out_dir={tmp_path / out}'],))
         job.start()
         job.join(seconds)
         alive.append(job.is_alive())
         job.kill()
         job.join()
-    assert sum(alive) >= 5 and job.exitcode == 0
-    for path in finished[0].glob('*.pt'):
-        if path.name != 'data.pt':
-            assert M.checkpoint_hash(path) == M.checkpoint_hash(tmp_path / path.name)
+    assert sum(alive) >= 7 and job.exitcode == 0
+    made = train.siblings(tmp_path / 'whole')
+    assert {data['phase'] for data in made.values()} == {*train.PHASES} - {'exits'}
+    for path in made:
+        assert M.checkpoint_hash(path) == M.checkpoint_hash(path.replace('whole', 'killed'))
 
 def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
     with train.locked(finished[0]):

@@ -1121,7 +1121,9 @@ def convert(name):
             each = PHASES[name].each
             value = typed.setdefault(each, getattr(with_defaults(typed), each).split(',')[0])
             refuse(',' in value, f'--{each}={value}: one of them; {path} is one file')
-        run_phase(name, typed | dict(out_dir=os.path.dirname(path) or '.'), value, source, path)
+        folder = os.path.dirname(path) or '.'
+        with locked(folder):
+            run_phase(name, typed | dict(out_dir=folder), value, source, path)
     guarded(job)
 
 def join():
