@@ -1793,7 +1793,8 @@ def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path, monkeypatch, caps
     typed = dict(preset=M.read_checkpoint(tmp_path / 'hour/base.pt')['preset'])
     assert train.with_defaults(typed).router_width == 96
 
-# each phase again, with half of the batch, sharded or not; or until one of the two fails
+# each phase again, with half of the batch, sharded or not; or until one of the two fails; or what
+# is left of the first
 AS_RANKS = f'''
 import os, sys
 sys.path.insert(0, {HERE!r})
@@ -1809,7 +1810,7 @@ def again(folder, path, data):
     if not kernel.ranks()[0]:
         os.rename(path, path + '.one')
     kernel.wait_for_all()
-    train.run(own | dict(fsdp=how == 'sharded'))
+    train.run(own | dict(fsdp=how != 'whole'))
     if not kernel.ranks()[0]:
         os.replace(path + '.one', path)
 
@@ -1821,6 +1822,8 @@ def job():
         return get_batch(corpus, o, device, step, *args)
     train.get_batch = failing
     for folder in folders:
+        if how == 'rest':
+            return train.run(dict(out_dir=folder, phase='base', fsdp=True))
         for path, data in train.siblings(folder).items():
             again(folder, path, data)
 
@@ -1842,21 +1845,28 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
     one = re.findall(shown, capsys.readouterr().out)
     assert {name for name, _ in one} == {*train.PHASES} - {'moefy'}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    for how in ('whole', 'sharded', 'failing'):
-        asked = folders if how == 'whole' else folders[:1]
+
+    def ranks(how, *asked):
         done = subprocess.run([*command, script, how, *asked], capture_output=True, text=True,
                               timeout=200)
         two = re.findall(shown, done.stdout)
         assert [name for name, _ in two] == [name for name, _ in one[:len(two)]]
         assert all(abs(float(a) - float(b)) < 1.5e-4 for (_, a), (_, b) in zip(one, two))
-        if how != 'failing':
-            assert not done.returncode and len(two) == (len(one) if how == 'whole' else 9)
-    # the others say nothing, and what is left is gone on with by one process
+        return done, len(two)
+
+    for how, asked, n in (('whole', folders, len(one)), ('sharded', folders[:1], 9)):
+        done, phases = ranks(how, *asked)
+        assert not done.returncode and phases == n
+    # the others say nothing, and what is left is gone on with by one process, or by two
+    done, _ = ranks('failing', folders[0])
     assert done.returncode and done.stderr.count('ArithmeticError: this rank is lost') == 1
     assert 'Connection closed' not in done.stderr
-    assert M.read_checkpoint(folders[0] / 'base.pt')['step'] == 5
+    left = (folders[0] / 'base.pt').read_bytes()
     run('--phase=base', out=folders[0])
     assert 'base     going on at step 5 of 20' in capsys.readouterr().out
+    (folders[0] / 'base.pt').write_bytes(left)
+    done, phases = ranks('rest', folders[0])
+    assert 'going on at step 5 of 20' in done.stdout and not done.returncode and phases == 1
 
 def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
