@@ -798,27 +798,42 @@ def cpp_attention(q, k, v, layout, cache=None, only=False):
         cache.n += layout.L
     return y.to(dtype)
 
-def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None):
+def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None,
+                halting=None):
     """The blocks of a model in int8, a list of int8_layer(), as one call: x (T, D) fp32 -> (T, D),
     in place; with `only` (B, D): the last block is needed for the tokens layout.head_rows() alone.
-    masks: a list that receives each block's (T, E), None where it has no router."""
-    (T, D), layers = x.shape, []
+    masks: a list that receives each block's (T, E), None where it has no router. halting (2), gain
+    and shift of router.Halting: tokens leave early; `masks` receives also what entered each block,
+    its `alive`."""
+    (T, D), layers, chosen = x.shape, [], []
+    out, starts, alive = x, layout.starts, None
+    if halting is not None:
+        out, starts = x.new_zeros(layout.B if only else T, D), starts.clone()
+        layout, alive = layout._replace(starts=starts), torch.zeros(len(blocks), 3)
     qkv, y = x.new_empty(T, 3, n_head, D // n_head), x.new_empty(T, D)
     attention = c_attention(*qkv.unbind(1), y, layout, cache[0] if cache else None, only)
     for i, (layer, E) in enumerate(blocks):
-        k = v = mask = None
+        k = v = None
         if cache:
             cache[i].reserve(layout.B, *qkv.shape[2:], x)
             k, v = cache[i].k, cache[i].v
             cache[i].n += layout.L
-        if masks is not None:
-            rows = layout.B if only and i == len(blocks) - 1 else T
-            mask = torch.empty(rows, E, dtype=torch.bool) if E else None
-            masks.append(mask)
-        layers.append(layer + packed(k, v, mask))
-    model = packed(x, qkv, *attention, len(layers), T, pre_ln, only, float(eps))
+        rows = layout.B if only and i == len(blocks) - 1 else T
+        chosen.append(torch.empty(rows, E, dtype=torch.bool) if E and masks is not None else None)
+        layers.append(layer + packed(k, v, chosen[i]))
+    model = packed(x, qkv, *attention, len(layers), T, pre_ln, only, float(eps), halting, out,
+                   starts, alive)
     library().encode(b''.join(layers), model)
-    return x[:layout.B] if only else x
+    if halting is not None and masks is not None:
+        here = [n for n in alive.tolist() if n[0]]
+        masks.alive = [*masks.alive, *map(tuple, here)]
+        rows = [int(tokens) for tokens, *_ in here]
+        if only and len(rows) == len(blocks):
+            rows[-1] = int(here[-1][1])
+        chosen = [mask if mask is None else mask[:n] for mask, n in zip(chosen, rows)]
+    if masks is not None:
+        masks += chosen
+    return out[:layout.B] if only else out
 
 # What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
 IMPLS = dict(triton=triton_experts, cpp=cpp_experts, torch=expert_loop, dense=dense_masked)
@@ -1645,6 +1660,55 @@ struct Layer {
 };
 struct Model {
     float *x, *qkv; Attention a; i64 n_layer, T, pre_ln, only; double eps;
+    const float* halting; float* out; int* starts; float* alive;  // if tokens halt; a.starts again
+};
+// Tokens leave that have been read enough, or with `only` whose first has: router.Halting. Who stays
+// moves up; out, a row for each token (`only`: each sequence) there was, is the weighted sum.
+struct Halting {
+    const Model& m; i64 D, T, B; std::vector<float> total; std::vector<int> token, text;
+    Halting(const Model& m) : m(m), D(m.a.heads * m.a.d), T(m.T), B(m.a.B), total(T), token(T),
+                              text(B) {
+        std::iota(token.begin(), token.end(), 0);
+        std::iota(text.begin(), text.end(), 0);
+        if (m.halting) count(0);
+    }
+    void count(i64 layer) const {  // what enters it: tokens, sequences, pairs
+        float* n = m.alive + 3 * layer;
+        n[0] = T, n[1] = B;
+        for (i64 b = 0; b < B; b++) {
+            const float length = m.starts[b + 1] - m.starts[b];
+            n[2] += length * length;
+        }
+    }
+    void only_heads() {            // they alone are left of the last block
+        for (i64 b = 0; b < B; b++) total[b] = total[m.a.head_row(b)];
+        for (i64 b = 0; b < B; b++) m.starts[b + 1] = b + 1;
+    }
+    void leave(i64 layer) {
+        const bool last = layer == m.n_layer - 1;
+        i64 n = 0, left = 0, end = 0;
+        for (i64 b = 0; b < B; b++) {
+            const i64 first = end, before = n;
+            bool gone = false;
+            end = m.starts[b + 1];
+            for (i64 t = first; t < end; t++) {
+                float* x = m.x + t * D;
+                const float h = 1 / (1 + expf(m.halting[1] - m.halting[0] * x[0]));
+                const float missing = 1 - total[t];
+                const bool ends = last || h >= missing - 0.01f, head = t == first;
+                const float weight = ends ? missing : h;
+                float* y = m.out + (m.only ? text[b] : token[t]) * D;
+                for (i64 i = 0; i < D && (head || !m.only); i++) y[i] += weight * x[i];
+                gone |= m.only && head && ends;
+                if (ends || gone) continue;
+                memmove(m.x + n * D, x, D * 4);
+                total[n] = total[t] + weight, token[n++] = token[t];
+            }
+            if (n > before) text[left] = text[b], m.starts[++left] = n;
+        }
+        T = n, B = left;
+        if (T) count(layer + 1);
+    }
 };
 struct Pass {  // one thread's way through a layer
     const Model& m; const Layer* l; i64 D; Worker my; Rows r; Buffer normed, router, score;
@@ -1666,9 +1730,9 @@ struct Pass {  // one thread's way through a layer
         for (i64 i = 0; i < D; i++) y[i] = (x[i] - mean) * inverse * scale[i] + shift[i];
     }
     // Of `only` those tokens alone that go on get a q
-    void qkv(i64 t0, i64 n, i64 part, i64 parts, bool only) {
+    void qkv(i64 t0, i64 n, i64 part, i64 parts, const Attention& a) {
         const i64 P = l->qkv.panels(), from = P * part / parts, to = P * (part + 1) / parts;
-        const i64 q = only ? D / 8 : 0;
+        const i64 q = a.only ? D / 8 : 0;
         const Out out{m.qkv + t0 * 3 * D, 3 * D, false};
         for (i64 t = 0; t < n; t++) {
             const float* x = m.x + (t0 + t) * D;
@@ -1677,8 +1741,8 @@ struct Pass {  // one thread's way through a layer
         }
         product(l->qkv, my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q), out);
         i64 some = 0;
-        for (i64 b = 0; b < m.a.B && only; b++) {
-            const i64 t = m.a.head_row(b) - t0;
+        for (i64 b = 0; b < a.B && a.only; b++) {
+            const i64 t = a.head_row(b) - t0;
             if (t >= 0 && t < n) my.rows[some++] = t;
         }
         product(l->qkv, my.x, my.rows.data(), some, std::min(from, q), std::min(to, q), out);
@@ -1711,35 +1775,41 @@ struct Pass {  // one thread's way through a layer
     }
 };
 
-// x (T, D): embeddings -> last hidden states, or (B, D) where `only` one token of each goes on
+// x (T, D): embeddings -> last hidden states, or (B, D) where `only` one token of each goes on; of
+// tokens that halt they are in `out`
 extern "C" void encode(const Layer* layers, const Model* model) {
     const Model& m = *model;
     const i64 D = m.a.heads * m.a.d, H = layers->ffn.in.N;
-    const i64 block = block_size(m.T, m.a.threads, 2 * D * H);
+    const i64 most = block_size(m.T, m.a.threads, 2 * D * H);
     i64 W = 0, E = 0;
     for (i64 i = 0; i < m.n_layer; i++)
         W = std::max(W, layers[i].r1.N), E = std::max(E, layers[i].ffn.E);
     Buffer shared(FEW * H);
+    Halting here(m);
     #pragma omp parallel num_threads(m.a.threads)
     {
         Room room(m.a.past + m.a.longest, m.a.d);
-        Buffer own(block * H);
-        Pass my(m, std::max<i64>(block, FEW), H, W, E);  // which `only` may leave
+        Buffer own(most * H);
+        Pass my(m, std::max<i64>(most, FEW), H, W, E);  // which `only` may leave
         i64 T = m.T;
-        for (i64 i = 0; i < m.n_layer; i++) {
+        for (i64 i = 0; i < m.n_layer && T; i++) {
             const Layer& l = layers[i];
+            const i64 block = std::min(most, block_size(T, m.a.threads, 2 * D * H));
             Attention a = m.a;
-            a.old_k = l.k, a.old_v = l.v, a.only = m.only && i == m.n_layer - 1;
+            a.old_k = l.k, a.old_v = l.v, a.only = m.only && i == m.n_layer - 1, a.B = here.B;
             my.l = &l;
             run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.qkv(t0, n, part, parts, a.only);
+                my.qkv(t0, n, part, parts, a);
             });
             #pragma omp for schedule(dynamic)
             for (i64 item = 0; item < a.B * a.heads; item++) attend(a, item, room);
             if (a.only) {
                 #pragma omp single
-                for (i64 b = 0; b < a.B; b++)
-                    memmove(m.x + b * D, m.x + a.head_row(b) * D, D * 4);
+                {
+                    for (i64 b = 0; b < a.B; b++)
+                        memmove(m.x + b * D, m.x + a.head_row(b) * D, D * 4);
+                    if (m.halting) here.only_heads();
+                }
                 T = a.B;
             }
             float* h = T <= FEW ? shared : own;
@@ -1760,6 +1830,10 @@ extern "C" void encode(const Layer* layers, const Model* model) {
                 for (i64 t = t0 + part; t < t0 + n && !m.pre_ln; t += parts)
                     my.norm(m.x + t * D, m.x + t * D, false);
             });
+            if (!m.halting) continue;
+            #pragma omp single
+            here.leave(i);
+            T = here.T;
         }
     }
 }

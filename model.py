@@ -439,19 +439,20 @@ class Transformer(nn.Module):
         x, layout = self.embed(idx, attention_mask, token_type_ids, cache)
         if only and layout.index is not None and not layout.starts.diff().all():
             raise ValueError('a sequence without a token has no last hidden state')
-        if self.halting is not None:
+        c, masks_only = self.config, tap is None or isinstance(tap, Masks)
+        fused = self.fused() if self.dtype == 'int8' and masks_only else None
+        if fused is not None:
+            halts = self.halting and torch.stack([self.halting.gain, self.halting.shift])
+            x = encode_int8(x, fused, layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap, halts)
+        elif self.halting is not None:
             x = self.halt(x, layout, tap, only)
         else:
-            x = self.through(0, self.config.n_layer, x, layout, cache, tap, only)
+            x = self.through(0, c.n_layer, x, layout, cache, tap, only)
         x = x if self.ln_f is None else self.ln_f(x)
         return x if only else layout.pad(x)
 
     def through(self, first, end, x, layout, cache=None, tap=None, only=False):
         """Blocks first to end, without the latter: x (T, D) -> (T, D), or with `only` (B, D)."""
-        c, fused = self.config, self.fused() if self.dtype == 'int8' else None
-        if fused is not None and (tap is None or isinstance(tap, Masks)):
-            return encode_int8(x, fused[first:end], layout, c.n_head, c.pre_ln, c.ln_eps, cache,
-                               only, tap)
         rows = layout.head_rows().to(x.device) if only else None
         for i in range(first, end):
             # of its own: FSDP copies lists, and a block that runs again taps again

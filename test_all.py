@@ -1098,16 +1098,24 @@ def test_halting_against_one_text_at_a_time(dtype):
     m = tiny(**CLS | dict(n_layer=5))
     m.add_halting()
     m.halting.gain.fill_(3.0), m.halting.shift.fill_(2.0)
-    m.quantize(dtype)
+    if dtype == 'int8':
+        routed(m, kind='active').set_rule('threshold', 0.5).quantize(dtype)
     idx, keep = tokens(6, 12), torch.arange(12) < 12 - 2 * torch.arange(6)[:, None]
     want, depth = zip(*(slow_halting(m, idx[b][keep[b]]) for b in range(6)))
     got = m.encode(idx, keep, tap=(masks := M.Masks()))
     first = m.encode(idx, keep, only=True, tap=(few := M.Masks()))
     close(first, got[:, 0])
-    # the fused call against one operation at a time; a text leaves with its first token
-    close(m.encode(idx, keep, only=True, tap=[]), first)
     assert few.alive[0] == masks.alive[0] and few.alive[-1][0] < masks.alive[-1][0]
-    if dtype == 'int8':
+    if dtype == 'int8':                     # the fused call against one operation at a time
+        M.FUSED[slow := copy.deepcopy(m)] = None
+        for only, y, fused in ((False, got, masks), (True, first, few)):
+            close(slow.encode(idx, keep, only=only, tap=(tap := M.Masks())), y)
+            assert fused.alive == tap.alive
+            assert all(torch.equal(a, b) for a, b in zip(fused, tap, strict=True))
+            for n in (2, 3):
+                torch.set_num_threads(n)
+                assert torch.equal(m.encode(idx, keep, only=only), y)
+            torch.set_num_threads(1)
         return
     close(got[keep], torch.cat(want))
     counts = [[(d > i).sum().item() for d in depth if d[0] > i] for i in range(len(few.alive))]
