@@ -809,7 +809,7 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
     out, starts, alive = x, layout.starts, None
     if halting is not None:
         out, starts = x.new_zeros(layout.B if only else T, D), starts.clone()
-        layout, alive = layout._replace(starts=starts), torch.zeros(len(blocks), 3)
+        layout, alive = layout._replace(starts=starts), torch.zeros(len(blocks), 3).double()
     qkv, y = x.new_empty(T, 3, n_head, D // n_head), x.new_empty(T, D)
     attention = c_attention(*qkv.unbind(1), y, layout, cache[0] if cache else None, only)
     for i, (layer, E) in enumerate(blocks):
@@ -1660,9 +1660,9 @@ struct Layer {
 };
 struct Model {
     float *x, *qkv; Attention a; i64 n_layer, T, pre_ln, only; double eps;
-    const float* halting; float* out; int* starts; float* alive;  // if tokens halt; a.starts again
+    const float* halting; float* out; int* starts; double* alive;  // if tokens halt; a.starts again
 };
-// Tokens leave that have been read enough, or with `only` whose first has: router.Halting. Who stays
+// router.Halting: tokens leave that have been read enough, or with `only` whose first has. Who stays
 // moves up; out, a row for each token (`only`: each sequence) there was, is the weighted sum.
 struct Halting {
     const Model& m; i64 D, T, B; std::vector<float> total; std::vector<int> token, text;
@@ -1673,10 +1673,10 @@ struct Halting {
         if (m.halting) count(0);
     }
     void count(i64 layer) const {  // what enters it: tokens, sequences, pairs
-        float* n = m.alive + 3 * layer;
+        double* n = m.alive + 3 * layer;
         n[0] = T, n[1] = B;
         for (i64 b = 0; b < B; b++) {
-            const float length = m.starts[b + 1] - m.starts[b];
+            const double length = m.starts[b + 1] - m.starts[b];
             n[2] += length * length;
         }
     }
