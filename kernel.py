@@ -1662,7 +1662,7 @@ struct Model {
     float *x, *qkv; Attention a; i64 n_layer, T, pre_ln, only; double eps;
     const float* halting; float* out; int* starts; double* alive;  // if tokens halt; a.starts again
 };
-// router.Halting: tokens leave that have been read enough, or with `only` whose first has. Who stays
+// router.Halting: tokens leave that were read enough, or with `only` whose first was. Who stays
 // moves up; out, a row for each token (`only`: each sequence) there was, is the weighted sum.
 struct Halting {
     const Model& m; i64 D, T, B; std::vector<float> total; std::vector<int> token, text;
