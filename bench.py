@@ -333,8 +333,10 @@ def read_results(folder):
     try:
         with open(os.path.join(folder, 'results.json'), encoding='utf-8') as f:
             old = json.load(f)
-        return old if {'rows', 'settings', 'activity', 'config'} <= old.keys() else {}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        whole = old['config']['eval_batches'] > 0 and {'settings', 'activity'} <= old.keys()
+        whole = whole and all({'file', 'checkpoint', 'loss'} <= r.keys() for r in old['rows'])
+        return old if whole else {}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {}
 
 def set_aside(folder, settings):
@@ -1610,10 +1612,12 @@ def at_budgets(rows):
     for key, found in sorted(grouped(fp32, 'method', 'variant').items()):
         table[key] = {}
         for budget in BUDGETS:
-            best = [min(((r['worse_pick'], r['delta']) for r in of if r['flops'] <= budget + 1e-9),
-                        default=None) for of in grouped(found, 'seed').values()]
+            # of equals the cheapest: what is reported has no say
+            best = [min((r for r in of if r['flops'] <= budget + 1e-9), default=None,
+                        key=lambda r: (r['worse_pick'], r['flops']))
+                    for of in grouped(found, 'seed').values()]
             if None not in best:
-                table[key][budget] = [delta for _, delta in best]
+                table[key][budget] = [r['delta'] for r in best]
     return table
 
 def print_methods(rows):

@@ -143,8 +143,9 @@ class MLP(nn.Module):
     def quantize(self):
         """Both matrices as Int8, every expert filled up to whole blocks with neurons that are 0."""
         sizes = self.offsets.diff().tolist()
-        w_in, b_in, w_out = (torch.cat([pad_to_8(expert, 0) for expert in p.detach().split(sizes)])
-                             for p in (self.w_in, self.b_in, self.w_out))
+        w_in, b_in, w_out = (
+            torch.cat([p[:0], *(pad_to_8(expert, 0) for expert in p.split(sizes))]).detach()
+            for p in (self.w_in, self.b_in, self.w_out))
         matrices = int8(w_in, b_in), int8(w_out, self.b_out, by_column=True)
         for name in ('w_in', 'b_in', 'w_out', 'b_out'):
             delattr(self, name)
@@ -319,7 +320,7 @@ class Transformer(nn.Module):
                 mlp.router.rule, mlp.router.tau, mlp.router.floor = rule, own, floor
                 mlp.router.rho = None
         c.rule, c.floor, c.taus = rule, floor, taus if each else []
-        c.tau = sum(taus) / len(taus)
+        c.tau = sum(taus) / len(taus) if each else tau
         FUSED.pop(self, None)
         return self
 
@@ -437,8 +438,8 @@ class Transformer(nn.Module):
         list, receives dict(x, z, a, score, mask) from every MLP, a Masks only the masks.
         """
         x, layout = self.embed(idx, attention_mask, token_type_ids, cache)
-        if only and layout.index is not None and not layout.starts.diff().all():
-            raise ValueError('a sequence without a token has no last hidden state')
+        if only:
+            refuse_empty(layout)
         c, masks_only = self.config, tap is None or isinstance(tap, Masks)
         fused = self.fused() if self.dtype == 'int8' and masks_only else None
         if fused is not None:
@@ -532,7 +533,7 @@ class Transformer(nn.Module):
             said.append(self.exits.head(i, x[rows], said[-1] if i else None))
             answer = self.exits.answer(said)
             sure = answer.softmax(-1).amax(-1) >= self.config.exit_tau
-            out[here[sure]] = answer[sure]
+            out[here[sure]] = answer[sure].to(out.dtype)
             if sure.all():
                 break
             # most often nobody leaves
@@ -545,6 +546,7 @@ class Transformer(nn.Module):
     def forward(self, idx, attention_mask=None, token_type_ids=None, tap=None, only=False):
         if self.exits is not None and self.config.exit_tau <= 1:
             x, layout = self.embed(idx, attention_mask, token_type_ids)
+            refuse_empty(layout)
             return self.leave_early(x, layout, tap, only)
         h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
         return h if self.config.head is None else self.logits(h)
@@ -639,6 +641,7 @@ class Transformer(nn.Module):
         if c.head == 'cls':             # once for a sequence
             out['head'] = (2 * D * D * c.pooler + 2 * D * c.n_classes) / seq_len
             heads = self.exits.heads if alive and self.exits is not None else ()
+            out['head'] *= texts[-1] if heads else 1             # the others have left
             for head, share in zip(heads, texts):
                 out['head'] += 2 * head.weight.numel() * share / seq_len
         elif c.head:
@@ -666,6 +669,10 @@ def int8_blocks(model):
 def projection_width(n_embd):
     """Hidden width at which an MLP with biases costs what the projection with its bias did."""
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
+
+def refuse_empty(layout):
+    if layout.index is not None and not layout.starts.diff().all():
+        raise ValueError('a sequence without a token has no last hidden state')
 
 def census(layout, tap):
     """Into a Masks, of what enters a block: tokens, texts, and pairs that see each other."""
@@ -777,6 +784,9 @@ def check_writable(path, make_folder=False):
 def check_fp32(model, path):
     if model.dtype != 'fp32':
         raise BadInput(f'{path}: a model in {model.dtype} is for inference; save it before')
+    if model.config.router_loss in CEILINGS:
+        raise BadInput(f'{path}: routers of {model.config.router_loss} are made of the weights, '
+                       'there is nothing to save; save it before')
 
 def save(model, path, **extra):
     """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
@@ -860,8 +870,10 @@ def load(where, n_classes=0, dtype='fp32'):
         if config['causal']:
             raise BadInput(f'{where}: a GPT-2 gets no classification head; use a BERT')
         build(data, where)                                       # before its sizes are trusted
-        state = {k: v for k, v in state.items() if not k.startswith(('mlm', 'classifier'))}
-        D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True)
+        gone = 'mlm', 'classifier', 'exits.'
+        state = {k: v for k, v in state.items() if not k.startswith(gone)}
+        D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True,
+                                                    exits=False, exit_tau=2.0)
         (data.get('data') or {}).pop('classes', None)            # they were others
         for name, n in dict(pooler=D, classifier=n_classes).items():
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)

@@ -93,6 +93,9 @@ class Prune:
 
     @torch.no_grad()
     def prepare(self, model, batches):
+        if {len(mlp.w_in) for mlp in model.ffns()} != {model.config.n_hidden}:
+            raise BadInput('--prune: FFNs of --init_from have lost neurons already; start from one '
+                           'whose FFNs are of one size')
         n = max(1, round((1 - self.prune) * model.config.n_hidden))
         taps = []
         for batch in itertools.islice(batches, 8):

@@ -96,6 +96,8 @@ PRESETS = {
                  router_width=128),
 }
 
+BERT = dict(causal=False, pre_ln=False, n_types=2, head='cls', pooler=True, ln_eps=1e-12)
+
 @dataclass
 class Command:
     """the command"""
@@ -124,7 +126,7 @@ class Use:
     rule: Annotated[str, {'': (), **GRID}] = ''     # '' = the router's usual
     tau: Annotated[float, '0..1'] = None    # instead of the grid; of topk the share
     floor: float = FLOOR                    # of dynk: less than it does not run; in RMS of a layer
-    budget: Annotated[float, '0..1'] = 0.0  # FLOPs of the whole model: a tau for every MLP
+    budget: Annotated[float, '0..1'] = 0.0  # share of its FLOPs with every expert: a tau an MLP
     max_loss: float = 0.0                   # the same by the share of loss that may be added
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
     dtype: Literal['fp32', 'bf16', 'int8'] = 'fp32'     # eval ends with int8 in any case
@@ -156,8 +158,7 @@ class Base:
     def create(self, about):
         if self.init_from:
             return self.adopt(about)
-        bert = dict(causal=False, pre_ln=False, n_types=2, head='cls', pooler=True, ln_eps=1e-12,
-                    n_classes=len(about['classes'])) if self.arch == 'bert' else {}
+        bert = BERT | dict(n_classes=len(about['classes'])) if self.arch == 'bert' else {}
         return Transformer(Config(
             n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, n_hidden=4 * self.n_embd,
             block_size=self.block_size, vocab_size=about['vocab'], activation=self.activation,
@@ -292,6 +293,10 @@ def with_defaults(typed):
     usual = {option: f.default for option, f in all_options().items()}
     return SimpleNamespace(**usual | PRESETS.get(typed.get('preset'), OURS) | typed)
 
+def first_folder(o):
+    """Where the first of several seeds, or the only one, keeps its checkpoints."""
+    return os.path.join(o.out_dir, f's{o.seeds.split(",")[0]}') if o.seeds else o.out_dir
+
 def ancestors(name):
     """The phases that lead to this one, itself among them."""
     before = [other for other, cls in PHASES.items() if cls.writes in PHASES[name].reads]
@@ -309,6 +314,8 @@ def check(typed, explicit):
         used = used.union(*map(own_options, phases))
     if o.phase not in COMMANDS:
         used = used.union(LOOP, own_options(Command))
+    if hasattr(PHASES.get(o.phase), 'report'):
+        used.add('eval_batches')
     if o.seeds:
         used.discard('seeds' if one_model else 'seed')
     for name in sorted(explicit - used):
@@ -328,6 +335,7 @@ def check(typed, explicit):
     refuse('n_experts' in typed and o.expert_size,
            f'--n_experts={o.n_experts} and --expert_size={o.expert_size}: give one')
     splits = o.phase == 'all' or o.phase in PHASES and 'moefy' in ancestors(o.phase)
+    o.out_dir = first_folder(o)
     begins = not os.path.exists(os.path.join(o.out_dir, 'base.pt'))
     new = splits and not o.init_from and begins
     name = 'expert_size' if o.expert_size else 'n_experts'
@@ -357,10 +365,11 @@ def least_flops(o):
     made = [os.path.join(o.out_dir, name) for name in ('attn.pt', 'base.pt')]
     made = next(filter(os.path.exists, made), o.init_from)
     if made:
-        c = peek(made)[0]
+        c = replace(peek(made)[0], rule='', taus=[], router_loss='', n_experts=[], n_outputs=[])
     else:
         c = Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
-                   block_size=o.block_size, vocab_size=50257 if o.tokenizer == 'gpt2' else 256)
+                   block_size=o.block_size, vocab_size=50257 if o.tokenizer == 'gpt2' else 256,
+                   **(BERT | dict(n_classes=2) if o.arch == 'bert' else {}))
     c.projections = o.attn_projections or c.projections
     with torch.device('meta'):
         model = Transformer(c)
@@ -718,7 +727,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
 
     def keep(step, optimizer=None):
         notes['seconds'] = before + time.time() - began
-        save(model, path, step=step, optimizer=optimizer, rng=torch.get_rng_state(), **record)
+        save(model, path, step=step, optimizer=optimizer, **record)
 
     waits = o.fsdp or name == 'router' and o.router_loss == 'share'
     refuse(model.halting is not None and ranks()[1] > 1 and waits, '--halting=1 in several '
@@ -727,6 +736,8 @@ def run_phase(name, typed, value=None, source=None, path=None):
     if hasattr(phase, 'finish'):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
+        known = bench.read_results(os.path.dirname(path) or '.').get('config', vars(o))
+        o.eval_batches = typed.get('eval_batches', known['eval_batches'])
         notes |= reported(phase, model, held_out(corpus, o, device), device)
     keep(steps)
     wait_for_all()
@@ -901,9 +912,6 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
         whole.load_state_dict(own['model'])
-        torch.set_rng_state(own['rng'])
-    if rank and whole.config.dropout:       # other neurons for other texts
-        torch.manual_seed(o.seed + rank)
     whole.train()
     model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
     # forward, and twice that backward; what is frozen is small enough for one device
@@ -928,6 +936,9 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
     with stops() as came, bench.profiler(o.profile, phase.folder, name) as profiler:
         for step in range(start, steps):
             set_rate(optimizer, phase, step)
+            # whatever came before; dropout is another for other texts
+            own_rank = rank if whole.config.dropout else 0
+            torch.manual_seed(zlib.crc32(f'{o.seed} {name} {step} {own_rank}'.encode()))
             log, batch, n = gradient(name, phase, model, corpus, o, device, step)
             average(parameters)
             norm, now, done, tokens = clip(parameters), time.time(), step + 1, tokens + n
@@ -1052,8 +1063,7 @@ def shaded(model, text, path):
 
 def run(typed):
     o, results = with_defaults(typed), []
-    begun = os.path.join(o.out_dir, f's{o.seeds.split(",")[0]}') if o.seeds else o.out_dir
-    for data in siblings(begun).values():   # a folder stays what it was
+    for data in siblings(first_folder(o)).values():              # a folder stays what it was
         typed = dict(preset=data.get('preset', 'paper'), out_dir=o.out_dir) | typed
     o = with_defaults(typed)
     if o.seeds:                             # each in a folder of its own, then one table
