@@ -159,7 +159,7 @@ def entries(found, paths=()):
         if not chosen:
             raise BadInput('there is no finished checkpoint of phase dense to compare with'
                            + (f' beside {paths[0]}' if paths else '')
-                           + ': make it with python train.py --phase=dense')
+                           + ': make it with python train.py --phase=dense, in the same --out_dir')
     for e in others:
         if e.data.get('step', 0) < e.data.get('steps', 0):
             raise BadInput(f'{e.path} stopped at step {e.data["step"]} of {e.data["steps"]}')
@@ -478,6 +478,8 @@ def report(rows, curve_rows, activity, folder):
     """The table, what follows from the rows of one precision, and their picture."""
     print()
     print_table(rows)
+    print('executed: multiply-adds less those with known zeros; oracle: the true norms as a router, '
+          'which none has; speedup: the median of times taken in turn with dense')
     if activity:
         print('\nzeros among the hidden activations of the sparse model, MLP by MLP: '
               + ' '.join(f'{zeros:.0%}' for zeros, *_ in activity))
@@ -494,23 +496,24 @@ def report(rows, curve_rows, activity, folder):
         control = routed.get((path, name, 'topk'), ())
         gap = flops_gap(curve, control) if rule != 'topk' and len(control) > 1 else []
         if gap:
-            print(f'{label(curve[0], curve_rows)} {name} {rule} against top-k at equal FLOPs: loss '
-                  f'{np.mean(gap):+.2%} on average, {max(gap):+.2%} at worst, {len(gap)} points')
+            print(f'{label(curve[0], curve_rows)} {name}: the loss by {rule} against that by top-k '
+                  f'at as many FLOPs: {np.mean(gap):+.2%} on average, {max(gap):+.2%} at worst '
+                  f'({len(gap)} values of tau)')
     names = 'checkpoint', 'router_loss', 'rule', 'tau', 'taus'
     for r in rows:
         for same in (f for f in rows if r['dtype'] != 'fp32' == f['dtype']
                      and all(f[name] == r[name] for name in names)):
-            print(f'{r["dtype"]} costs {r["method"]} {r["router_loss"] or ""} {setting(r)} '
-                  f'{worse(r, [same]):+.2%} of its {r["metric"]}')
+            name = ' '.join(filter(None, [r['method'], r['router_loss'], setting(r).strip('-')]))
+            print(f'{r["dtype"]} costs {name} {worse(r, [same]):+.2%} of its {r["metric"]}')
     print(f'{os.path.join(folder, "results.json")} has every row'
           + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
     deployable = [r for r in choice.values() if r['speedup']]
     best = min(deployable, key=lambda r: r['flops'], default=None)
     if best:
-        print(f'\nat most 1 % worse ({worse(best, rows):+.2%} where it is reported): '
-              f'{best["router_loss"] or ""} {best["rule"]} {setting(best)}, {best["flops"]:.0%} of '
-              f'the FLOPs, {best["speedup"]:.2f} x as fast; to use it: load({best["file"]!r})'
-              f'.set_rule({best["rule"]!r}, {best["taus"] or best["tau"]})')
+        print(f'\nat most 1 % worse on the half that picks ({rows[0]["metric"]} '
+              f'{change(best, rows):+.2%} on the other): {best["rule"]} {setting(best)}, '
+              f'{best["flops"]:.0%} of the FLOPs, {best["speedup"]:.2f} x as fast; to use it: '
+              f'load({best["file"]!r}).set_rule({best["rule"]!r}, {best["taus"] or best["tau"]})')
 
 def print_parts(rows, activity):
     """Where the FLOPs that are left lie, at +0.5 % of loss or -1 % of accuracy; how many times the
@@ -526,8 +529,8 @@ def print_parts(rows, activity):
     ideal = next((r for r in choice if r['router_loss'] == 'oracle' and r['experts']), None)
     alive = 1 - statistics.mean(zeros for zeros, *_ in activity or [(1,)])
     if ideal and alive:
-        print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x those '
-              'that are not zero' + ''.join(
+        print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x as many '
+              'as are not zero' + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
                   for r in choice if r['router_loss'] not in CEILINGS
                   and (r['method'], r['rule']) == (ideal['method'],

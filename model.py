@@ -311,6 +311,8 @@ class Transformer(nn.Module):
         if rule == 'confidence':        # experts go on as they did
             return self
         taus = list(tau) if each else [tau] * len(self.mlps())
+        if not all(isinstance(t, int | float) and t >= 0 for t in taus):
+            raise ValueError(f'tau={tau}: must be a number, not negative, or one for every MLP')
         if rule == 'topk' and max(taus) > 1:
             raise ValueError(f'tau={max(taus)}: of topk it is a share, at most 1')
         if len(taus) != len(self.mlps()):
@@ -335,8 +337,8 @@ class Transformer(nn.Module):
         if not c.router_loss:
             raise BadInput('budget needs routers: this model has none yet')
         if not found:
-            raise BadInput('nothing was measured to choose from: --phase=router does it, for '
-                           'its own routers; masks, and what adapt has changed, have no budgets')
+            raise BadInput('nothing was measured to choose from: --phase=router and --phase=adapt '
+                           'do it, for their own routers; masks have no budgets')
         at, menus, whole = [0] * len(found['menus']), found['menus'], self.flops(found['tokens'])
 
         def cost(at):
@@ -370,8 +372,8 @@ class Transformer(nn.Module):
         (kernel.Int8; activations are quantised on the fly), 'bf16' for all; 'fp32' changes nothing.
         Such a model is neither trained nor saved. Returns it. ValueError if it cannot be."""
         if dtype not in ('fp32', 'bf16', 'int8') or self.dtype not in ('fp32', dtype):
-            raise ValueError(f'dtype={dtype}: must be fp32, bf16 or int8, of a model in fp32; '
-                             f'this one is in {self.dtype}')
+            raise ValueError(f'dtype={dtype}: of a model in {self.dtype}; from fp32 it may become '
+                             'bf16 or int8')
         if dtype == 'bf16':
             self.bfloat16()
         if dtype == 'int8' and self.dtype == 'fp32':

@@ -34,7 +34,7 @@ towards a share of neurons by two multipliers, l1 (share - t) + l2 (share - t)^2
 are 0 or 1: the neurons of the same masks become an expert, and those of none leave the weights.
 
 A new split is a function (mlp, n_experts, seed, fires) -> the cluster of every neuron, and its name
-in SPLITS.
+in SPLITS. fires (T, H) is None unless the function says `looks = True`.
 
     python moefy.py out/sparse.pt out/moe.pt --n_experts=64
 
@@ -160,6 +160,7 @@ def deal(mlp, n_experts, seed=0, fires=None):
     generator = torch.Generator().manual_seed(seed)
     return labels[torch.randperm(len(labels), generator=generator).argsort()]
 
+coactivation.looks = True               # else fires is None
 SPLITS = dict(kmeans=kmeans, coactivation=coactivation, random=deal)
 
 def grouped(mlp, n_experts, split='kmeans', seed=0, fires=None):
@@ -190,7 +191,7 @@ class Moefy:
 
     @property
     def looks(self):
-        return self.split == 'coactivation'
+        return getattr(SPLITS[self.split], 'looks', False)
 
     @torch.no_grad()
     def prepare(self, model, batches):

@@ -20,7 +20,8 @@ so the exact norms need no (T, R, D) tensor. A rule then turns the scores of a t
 
 RMS is the root mean square of the norms in a layer. MoEfication's parameter centres, experts by the
 cosine of x and the mean of their rows of W_in, are `share` with --router_steps=0. A new kind is a
-class and its name in ROUTERS.
+class (mlp, owners, width) with its usual `rule`, forward(x (T, D)) -> scores (T, R) >= 0 and
+loss(Seen), most easily one derived from Norm, and its name in ROUTERS.
 
     python router.py out/moe.pt out/d2dmoe.pt --router_loss=norm
 
@@ -490,6 +491,12 @@ class Adapt:
     def finish(self, model):
         for mlp in model.mlps():
             mlp.router.soft = False
+        return {}
+
+    def report(self, model, batches):
+        rule, tau = model.config.rule, model.config.tau
+        Route.report(self, model, batches)
+        model.set_rule(rule, tau)
         return {}
 
 if __name__ == '__main__':

@@ -1648,7 +1648,8 @@ def test_adapted_end_to_end(spoiled):
     at = {r['method']: r for r in rows if (r['rule'], r['tau'], r['dtype']) == (
         'threshold', 0.5, 'fp32')}
     assert at['adapt']['experts'] < 0.8 * at['d2dmoe']['experts']
-    assert M.load(spoiled / 'adapted.pt').config.tau == 0.5
+    adapted = M.load(spoiled / 'adapted.pt')
+    assert adapted.config.tau == 0.5 and len(adapted.budget(max_loss=9).config.taus) == 2
 
 def test_worse_than_a_dense_model_that_is_never_right():
     rows = [dict(metric='accuracy', accuracy=a, accuracy_pick=b) for a, b in ((0, 0.5), (0.1, 0.4))]

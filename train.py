@@ -25,9 +25,10 @@ A phase is a class whose fields are its options, and it lives with its method:
     looks                     optional: whether prepare() reads batches though nothing learns
 
 `steps` and `lr` are options with the phase's name in front. A new method is such a class and its
-place in PHASES. An option that is not typed keeps the value with which the checkpoints of the
-folder were made; one that is typed and differs stops the run, unless --overwrite=1 runs that phase
-again. (Edited code does not count: --phase=NAME --overwrite=1 runs a phase anew.)
+place in PHASES; the phase that comes after it has to name what it writes, first in its `reads`. An
+option that is not typed keeps the value with which the checkpoints of the folder were made; one
+that is typed and differs stops the run, unless --overwrite=1 runs that phase again. (Edited code
+does not count: --phase=NAME --overwrite=1 runs a phase anew.)
 """
 
 if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
@@ -445,7 +446,8 @@ def open_corpus(o, folder):
     if stale or known.get('wanted') != wanted:
         other = f'; {path} is of other options, or of an older version' if known else ''
         refuse(not all(sources) or not sum(map(os.path.getsize, files)),
-               f'--data={o.data}: no such file, no texts in it, or empty{other}')
+               f'--data={o.data}{f", --val={o.val}" * bool(o.val)}: no such file, no texts in it, '
+               f'or empty{other}')
         known = encode(o, files) | dict(wanted=wanted)
         write_atomically(path, lambda temporary: torch.save(known, temporary))
     known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
@@ -608,7 +610,7 @@ def read_phase(path, unfinished=True):
            f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
     refuse(data['step'] < data['steps'] and not unfinished,
            f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
-           f'python train.py --phase={data["phase"]}')
+           f'python train.py --phase={data["phase"]} --out_dir={os.path.dirname(path) or "."}')
     return data
 
 def siblings(folder):
@@ -988,6 +990,11 @@ def evaluation(typed, paths=()):
     if any(dense[key] != sparse[key] for key in own_options('dense')):
         print('warning: dense.pt and sparse.pt were trained for other steps or at another rate: '
               'run --phase=dense --overwrite=1')
+    adapted = next((e.data['options'] for e in entries if e.data['phase'] == 'adapt'), {})
+    if adapted:
+        longer = adapted['sparsify_steps'] + adapted['adapt_steps'] - dense['sparsify_steps']
+        print(f'note: what is adapted learned {longer} steps more than dense.pt; part of its gain '
+              'is that; bench.py --suite=methods has a dense model of as many')
     before = bench.read_results(folder).get('config', vars(o))
     o = with_defaults(entries[-1].data['options'] | dense
                       | dict(eval_batches=before['eval_batches']) | typed)
@@ -1023,7 +1030,8 @@ def chosen(typed, device):
         print(f'{path}: tau of every MLP {" ".join(map(str, model.config.taus))}')
     elif kind and (ruled or o.phase == 'sample'):
         rule = o.rule or ROUTERS[kind].rule
-        model.set_rule(rule, 0.1 if o.tau is None else o.tau, o.floor)
+        usual = model.config.tau if model.config.rule == rule else 0.1
+        model.set_rule(rule, usual if o.tau is None else o.tau, o.floor)
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
     return path, model
 
