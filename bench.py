@@ -478,8 +478,8 @@ def report(rows, curve_rows, activity, folder):
     """The table, what follows from the rows of one precision, and their picture."""
     print()
     print_table(rows)
-    print('executed: multiply-adds less those with known zeros; oracle: the true norms as a router, '
-          'which none has; speedup: the median of times taken in turn with dense')
+    print('executed: multiply-adds less those with known zeros; oracle: the true norms as a '
+          'router, which none has; speedup: the median of times taken in turn with dense')
     if activity:
         print('\nzeros among the hidden activations of the sparse model, MLP by MLP: '
               + ' '.join(f'{zeros:.0%}' for zeros, *_ in activity))
@@ -529,8 +529,8 @@ def print_parts(rows, activity):
     ideal = next((r for r in choice if r['router_loss'] == 'oracle' and r['experts']), None)
     alive = 1 - statistics.mean(zeros for zeros, *_ in activity or [(1,)])
     if ideal and alive:
-        print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x as many '
-              'as are not zero' + ''.join(
+        print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x as '
+              'many as are not zero' + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
                   for r in choice if r['router_loss'] not in CEILINGS
                   and (r['method'], r['rule']) == (ideal['method'],
