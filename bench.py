@@ -702,18 +702,18 @@ def plot_load(words, shares, path):
     return f'; {path} shows it'
 
 def plot_methods(rows, path):
-    """Every variant within 60 % of the FLOPs; quality against FLOPs and against measured time: the
-    mean over seeds of each method's own rule, half of the spread as bars."""
+    """Every main variant within 60 % of the FLOPs; quality against FLOPs and against measured time:
+    the mean over seeds of each method's own rule, half of the spread as bars."""
     bars, *pictures = new_axes(3)
+    own = [r for r in rows if r['dtype'] == 'fp32' and r['variant'] in MAIN.get(r['method'], ('',))]
     within = {' '.join(key).strip(): 100 * statistics.mean(reached[0.6])
-              for key, reached in at_budgets(rows).items() if 0.6 in reached}
+              for key, reached in at_budgets(own).items() if 0.6 in reached}
     # the best on top
     names = sorted(within, key=within.get, reverse=rows[0]['metric'] == 'loss')
     bars.barh(names, np.clip([within[name] for name in names], -6, 6), color='grey')
-    bars.tick_params(labelsize=5)
+    bars.tick_params(labelsize=8)
     bars.set(xlabel=f'{rows[0]["metric"]} against dense at 60 % of the FLOPs (%, cut at 6)')
-    own = [r for r in rows if r['dtype'] == 'fp32' and r['variant'] in MAIN.get(r['method'], ('',))]
-    for marker, (key, mine) in zip('o*s^vDPX<>ph8d', grouped(own, 'method', 'variant').items()):
+    for i, (key, mine) in enumerate(grouped(own, 'method', 'variant').items()):
         points = grouped(mine, 'rule', 'tau')
         for axes, cost in zip(pictures, (lambda r: r['flops'], lambda r: 1 / r['speedup'])):
             line = sorted((100 * statistics.mean(map(cost, of)), [100 * r['delta'] for r in of])
@@ -722,8 +722,9 @@ def plot_methods(rows, path):
             if line:
                 x, y = zip(*line)
                 axes.errorbar(x, [statistics.mean(v) for v in y], [np.ptp(v) / 2 for v in y],
-                              marker=marker, ms=4, lw=1, capsize=2, label=' '.join(key),
-                              ls='-' if key[0] == 'ours' else ':')
+                              marker='o*s^vDPX<>ph8d'[i % 14], ms=4, lw=1, capsize=2,
+                              color=f'C{i % 10}' if i < 10 else str(0.2 + 0.1 * (i - 10)),
+                              label=' '.join(key), ls='-' if key[0] == 'ours' else ':')
     for axes, what in zip(pictures, ('FLOPs', 'measured time')):
         axes.axhline(0, color='black', lw=0.6)
         axes.set(xlabel=f'{what} of the whole model (% of dense)',
