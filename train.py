@@ -990,11 +990,11 @@ def evaluation(typed, paths=()):
     if any(dense[key] != sparse[key] for key in own_options('dense')):
         print('warning: dense.pt and sparse.pt were trained for other steps or at another rate: '
               'run --phase=dense --overwrite=1')
-    adapted = next((e.data['options'] for e in entries if e.data['phase'] == 'adapt'), {})
+    # dense learns as long as sparsify
+    adapted = [e.data['options']['adapt_steps'] for e in entries if e.data['phase'] == 'adapt']
     if adapted:
-        longer = adapted['sparsify_steps'] + adapted['adapt_steps'] - dense['sparsify_steps']
-        print(f'note: what is adapted learned {longer} steps more than dense.pt; part of its gain '
-              'is that; bench.py --suite=methods has a dense model of as many')
+        print(f'note: what is adapted learned {adapted[0]} steps more than dense.pt; part of its '
+              'gain is that; bench.py --suite=methods has a dense model of as many')
     before = bench.read_results(folder).get('config', vars(o))
     o = with_defaults(entries[-1].data['options'] | dense
                       | dict(eval_batches=before['eval_batches']) | typed)
