@@ -766,14 +766,19 @@ def c_ffn(bundle):
     return (*c_matrix(bundle.w_in), *c_matrix(bundle.w_out), bundle.w_out.scale, bundle.offsets,
             len(bundle.offsets) - 1, list(ACTIVATIONS).index(bundle.act))
 
-def int8_layer(qkv, o, bundle, norms, router=None):
-    """A block for encode_int8: matrices as Int8; norms: scale and shift of both LayerNorms; router:
-    its two matrices, whether the rule is dynk, tau, floor. The caller keeps all of them alive.
-    -> the beginning of a Layer, and the number of experts that its router chooses from."""
-    *matrices, dynk, tau, floor = router or (False, 0, 0)
-    routing = [field for m in matrices for field in c_matrix(m)] or [None] * 14
-    return packed(*c_matrix(qkv), *c_matrix(o), *routing, *c_ffn(bundle), dynk, float(tau),
-                  float(floor), *norms), len(bundle.offsets) - 1 if router else 0
+def int8_layer(projections, mlps, norms):
+    """A block for encode_int8. projections: q (or q, k and v in one), k, v and o as Int8, None where
+    there is none; mlps: what q, k, v and o are instead, and the FFN, each None or (Experts, router:
+    None or its two matrices, whether the rule is dynk, tau, floor); norms: scale and shift of both
+    LayerNorms. The caller keeps all of them alive.
+    -> the beginning of a Layer; of each of mlps None, or how many experts its router has, or 0."""
+    fields = [field for m in projections for field in (c_matrix(m) if m else [None] * 7)]
+    for bundle, router in (mlp or (None, None) for mlp in mlps):
+        *matrices, dynk, tau, floor = router or (None, None, False, 0, 0)
+        fields += [field for m in matrices for field in (c_matrix(m) if m else [None] * 7)]
+        fields += [*(c_ffn(bundle) if bundle else [None] * 18), dynk, float(tau), float(floor)]
+    numbers = [mlp and (len(mlp[0].offsets) - 1 if mlp[1] else 0) for mlp in mlps]
+    return packed(*fields, *norms), numbers
 
 def c_attention(q, k, v, y, layout, cache=None, only=False):
     """q, k, v (T, heads, d), rows equally far apart; y: of the result."""
@@ -812,27 +817,32 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
         layout, alive = layout._replace(starts=starts), torch.zeros(len(blocks), 3).double()
     qkv, y = x.new_empty(T, 3, n_head, D // n_head), x.new_empty(T, D)
     attention = c_attention(*qkv.unbind(1), y, layout, cache[0] if cache else None, only)
-    for i, (layer, E) in enumerate(blocks):
+    wanted = masks is not None
+
+    def rows(i, j, tokens, texts):  # that run q, k, v, o or the FFN of a block
+        return int(texts if only and i == len(blocks) - 1 and j not in (1, 2) else tokens)
+
+    for i, (layer, numbers) in enumerate(blocks):
         k = v = None
         if cache:
             cache[i].reserve(layout.B, *qkv.shape[2:], x)
             k, v = cache[i].k, cache[i].v
             cache[i].n += layout.L
-        rows = layout.B if only and i == len(blocks) - 1 else T
-        chosen.append(torch.empty(rows, E, dtype=torch.bool) if E and masks is not None else None)
-        layers.append(layer + packed(k, v, chosen[i]))
+        own = [torch.empty(rows(i, j, T, layout.B), E, dtype=torch.bool) if E and wanted else None
+               for j, E in enumerate(numbers)]
+        chosen += [(i, j, own[j]) for j, E in enumerate(numbers) if E is not None]
+        layers.append(layer + packed(k, v, *own))
     model = packed(x, qkv, *attention, len(layers), T, pre_ln, only, float(eps), halting, out,
                    starts, alive)
     library().encode(b''.join(layers), model)
-    if halting is not None and masks is not None:
-        here = [n for n in alive.tolist() if n[0]]
-        masks.alive = [*masks.alive, *map(tuple, here)]
-        rows = [int(tokens) for tokens, *_ in here]
-        if only and len(rows) == len(blocks):
-            rows[-1] = int(here[-1][1])
-        chosen = [mask if mask is None else mask[:n] for mask, n in zip(chosen, rows)]
-    if masks is not None:
-        masks += chosen
+    if halting is not None and wanted:
+        here = [tuple(n) for n in alive.tolist() if n[0]]
+        masks.alive = [*masks.alive, *here]
+        # what had left before has no row
+        chosen = [(i, j, mask if mask is None else mask[:rows(i, j, *here[i][:2])])
+                  for i, j, mask in chosen if i < len(here)]
+    if wanted:
+        masks += [mask for *_, mask in chosen]
     return out[:layout.B] if only else out
 
 # What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
@@ -1499,19 +1509,20 @@ struct Ffn {
     const int* offsets; i64 E, act;     // in neurons, multiples of 8
 };
 struct Worker {  // one thread's room for n tokens: x and h quantised, and what each token runs
-    i64 n, D, H, E;
+    i64 n;
     Rows x, h;
     std::vector<u8> mask; std::vector<int> rows, some;
     std::vector<u64> live;  // which blocks of h are not zero
     std::vector<v8i> most; std::vector<const Whole*> at;
     Buffer strip, sums;     // 64 blocks of SHORT panels of w_out, and the sums of n rows
     Worker(i64 n, i64 D, i64 H, i64 E)
-        : n(n), D(D), H(H), E(E), x(n, D), h(n, H), mask(n * E), rows(n * E), some(E),
+        : n(n), x(n, D), h(n, H), mask(n * E), rows(n * E), some(E),
           live(n * pieces(H / 8, 64)), most(n), at(n), strip(64 * SHORT * 16),
           sums(std::max<i64>(n * SHORT, FEW * LONG) * sizeof(Sum) / 4) {}
 
     // h (n, H): the hidden units of the chosen experts, the part's share of them; n <= this->n
     void hidden(const Ffn& f, i64 n, float* h, i64 part, i64 parts) {
+        const i64 H = f.in.N;
         i64 wanted = 0, before = 0;
         std::fill(some.begin(), some.end(), 0);
         for (i64 t = 0; t < n; t++) each_expert(f, t, [&](i64 e) {
@@ -1538,9 +1549,9 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             }
         }
     }
-    // y (n, D) += h @ w_out, the part's share of the columns
-    void output(const Ffn& f, i64 n, const float* unit, float* y, i64 part, i64 parts) {
-        const i64 words = pieces(H / 8, 64), P = f.out.panels();
+    // h @ w_out, the part's share of the columns
+    void output(const Ffn& f, i64 n, const float* unit, Out out, i64 part, i64 parts) {
+        const i64 H = f.in.N, words = pieces(H / 8, 64), P = f.out.panels();
         const i64 p0 = P * part / parts, p1 = P * (part + 1) / parts;
         i64 filled = 0;
         std::fill_n(live.begin(), n * words, 0);
@@ -1559,18 +1570,19 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             most[t] = all;
         }
         const bool packed = H && filled * 8 * 100 <= FULL * n * H;
+        h.K = H;
         for (i64 t = 0; t < n; t++)
             h.set(t, unit + t * H, most[t], live.data() + t * words, packed);
-        if (!packed) return product(f.out, h, x.ids.data(), n, p0, p1, {y, D, true});
-        if (n > FEW) sparse<SHORT>(f.out, n, p0, p1, {y, D, true});
-        else sparse<LONG>(f.out, n, p0, p1, {y, D, true});
+        if (!packed) product(f.out, h, x.ids.data(), n, p0, p1, out);
+        else if (n > FEW) sparse<SHORT>(f.out, n, p0, p1, out);
+        else sparse<LONG>(f.out, n, p0, p1, out);
     }
     // n rows of h, each nothing but the blocks in its `live`: NP panels at a time, 64 blocks of
     // them, which many rows read from a copy in the L1 cache
     template <int NP> void sparse(const Matrix& m, i64 n, i64 p, i64 p1, Out out) {
-        const i64 K = H / 8, words = pieces(K, 64);
+        const i64 K = h.K / 8, words = pieces(K, 64);
         for (; p + NP <= p1; p += NP) {
-            for (i64 t = 0; t < n; t++) at[t] = h.q.data() + t * H;
+            for (i64 t = 0; t < n; t++) at[t] = h.q.data() + t * h.K;
             for (i64 k = 0; k < K; k += 64) {
                 const u8* w = m.w + p * 64 + k * m.step;
                 for (i64 i = 0; i < std::min<i64>(64, K - k) && n > FEW; i++)
@@ -1645,18 +1657,22 @@ extern "C" void experts8(const Ffn* f, const Call* c) {
             std::copy_n(c->mask + t0 * E, n * E, my.mask.begin());
             my.hidden(*f, n, unit, part, parts);
         }, [&](i64 t0, i64 n, i64 part, i64 parts) {
-            my.output(*f, n, unit, c->y + t0 * D, part, parts);
+            my.output(*f, n, unit, {c->y + t0 * D, D, true}, part, parts);
         });
     }
 }
 
 // ------------------------------------------------------------------------- a whole model in int8
 
-struct Layer {
-    Matrix qkv, o, r1, r2; Ffn ffn;  // the router's two matrices, null where every expert runs
-    i64 dynk; double tau, floor;     // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
+struct Branch {                  // an MLP
+    Matrix r1, r2; Ffn ffn;      // the router's two matrices, null where every expert runs
+    i64 dynk; double tau, floor; // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
+};
+enum { Q, K, V, O, FFN };
+struct Layer {                   // a projection is one of dense, or of mlps, the other is null
+    Matrix dense[4]; Branch mlps[5];                 // three in one: dense[Q] has q, k and v
     const float *scale1, *shift1, *scale2, *shift2;  // LayerNorms
-    float *k, *v; u8* mask;          // cache; room for the (T, E) that were chosen; or null
+    float *k, *v; u8* masks[5];  // cache; room for the (T, E) that were chosen; or null
 };
 struct Model {
     float *x, *qkv; Attention a; i64 n_layer, T, pre_ln, only; double eps;
@@ -1711,9 +1727,9 @@ struct Halting {
     }
 };
 struct Pass {  // one thread's way through a layer
-    const Model& m; const Layer* l; i64 D; Worker my; Rows r; Buffer normed, router, score;
+    const Model& m; const Layer* l; i64 D, H; Worker my; Rows r; Buffer normed, router, score;
     Pass(const Model& m, i64 n, i64 H, i64 W, i64 E)
-        : m(m), D(m.a.heads * m.a.d), my(n, D, H, E), r(n, W), normed(n * D), router(n * W),
+        : m(m), D(m.a.heads * m.a.d), H(H), my(n, D, H, E), r(n, W), normed(n * D), router(n * W),
           score(n * E) {}
 
     void norm(float* y, const float* x, bool first) {
@@ -1730,48 +1746,75 @@ struct Pass {  // one thread's way through a layer
         for (i64 i = 0; i < D; i++) y[i] = (x[i] - mean) * inverse * scale[i] + shift[i];
     }
     // Of `only` those tokens alone that go on get a q
-    void qkv(i64 t0, i64 n, i64 part, i64 parts, const Attention& a) {
-        const i64 P = l->qkv.panels(), from = P * part / parts, to = P * (part + 1) / parts;
-        const i64 q = a.only ? D / 8 : 0;
-        const Out out{m.qkv + t0 * 3 * D, 3 * D, false};
+    void qkv(i64 t0, i64 n, float* h, i64 part, i64 parts, const Attention& a) {
         for (i64 t = 0; t < n; t++) {
             const float* x = m.x + (t0 + t) * D;
             if (m.pre_ln) norm(normed + t * D, x, true), x = normed + t * D;
             my.x.set(t, x);
         }
-        product(l->qkv, my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q), out);
         i64 some = 0;
         for (i64 b = 0; b < a.B && a.only; b++) {
             const i64 t = a.head_row(b) - t0;
             if (t >= 0 && t < n) my.rows[some++] = t;
         }
-        product(l->qkv, my.x, my.rows.data(), some, std::min(from, q), std::min(to, q), out);
-    }
-    // What the FFN reads, and which experts each token runs
-    void choose(i64 t0, i64 n, i64 part) {
-        for (i64 t = 0; t < n; t++) {
-            norm(normed + t * D, m.x + (t0 + t) * D, !m.pre_ln);
-            my.x.set(t, normed + t * D);
+        for (int j = Q; j <= V; j++) if (l->dense[j].w) {
+            const i64 P = l->dense[j].panels(), q = a.only && j == Q ? D / 8 : 0;
+            const i64 from = P * part / parts, to = P * (part + 1) / parts;
+            const Out out{m.qkv + (t0 * 3 + j) * D, 3 * D, false};
+            product(l->dense[j], my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q),
+                    out);
+            product(l->dense[j], my.x, my.rows.data(), some, std::min(from, q), std::min(to, q),
+                    out);
         }
-        std::fill(my.mask.begin(), my.mask.end(), 1);
-        if (!l->r1.w) return;
-        const i64 W = l->r1.N, R = l->r2.N;
-        product(l->r1, my.x, n, 0, 1, {router, W, false});
-        for (i64 i = 0; i < n * W; i++) router[i] = router[i] < 0 ? 0 : router[i];
-        r.K = W;
-        for (i64 t = 0; t < n; t++) r.set(t, router + t * W);
-        product(l->r2, r, n, 0, 1, {score, R, false});
-        for (i64 t = 0; t < n; t++) {
+        for (int j = Q; j <= V; j++) if (l->mlps[j].ffn.in.w)
+            mlp(j, t0, n, parts > 1 ? h + j * n * H : h, {m.qkv + (t0 * 3 + j) * D, 3 * D, false},
+                part, parts, j == Q && a.only ? &a : nullptr);
+    }
+    // x += attention's output projection
+    void project(i64 t0, i64 n, float* h, i64 part, i64 parts) {
+        const Out out{m.x + t0 * D, D, true};
+        for (i64 t = 0; t < n; t++) my.x.set(t, m.a.y + (t0 + t) * D);
+        if (l->dense[O].w) product(l->dense[O], my.x, n, part, parts, out);
+        else mlp(O, t0, n, h, out, part, parts);
+    }
+    // out = or += one of the MLPs of my.x
+    void mlp(int j, i64 t0, i64 n, float* h, Out out, i64 part, i64 parts,
+             const Attention* only = nullptr) {
+        choose(j, t0, n, part, only);
+        my.hidden(l->mlps[j].ffn, n, h, part, parts);
+        if (parts > 1) wait();
+        my.output(l->mlps[j].ffn, n, h, out, part, parts);
+    }
+    // Which experts each token in my.x runs; with `only` none but the heads' tokens
+    void choose(int j, i64 t0, i64 n, i64 part, const Attention* only = nullptr) {
+        const Branch& b = l->mlps[j];
+        const i64 W = b.r1.N, R = b.r2.N, E = b.ffn.E;
+        std::fill_n(my.mask.begin(), n * E, 1);
+        if (b.r1.w) {
+            product(b.r1, my.x, n, 0, 1, {router, W, false});
+            for (i64 i = 0; i < n * W; i++) router[i] = router[i] < 0 ? 0 : router[i];
+            r.K = W;
+            for (i64 t = 0; t < n; t++) r.set(t, router + t * W);
+            product(b.r2, r, n, 0, 1, {score, R, false});
+        }
+        for (i64 t = 0; t < n && b.r1.w; t++) {
             float *__restrict s = score + t * R, most = 0;
             u8* __restrict run = &my.mask[t * R];
-            for (i64 e = 0; e < R && l->dynk; e++) {
+            for (i64 e = 0; e < R && b.dynk; e++) {
                 s[e] = fabsf(s[e]);
                 most = s[e] > most ? s[e] : most;
             }
-            const float tau = l->tau, floor = l->floor, least = l->dynk ? tau * most : tau;
+            const float tau = b.tau, floor = b.floor, least = b.dynk ? tau * most : tau;
             for (i64 e = 0; e < R; e++) run[e] = (s[e] >= least) & (s[e] > floor);
         }
-        if (l->mask && part == 0) memcpy(l->mask + t0 * R, my.mask.data(), n * R);
+        u8* shown = part ? nullptr : l->masks[j];
+        if (!only && shown) memcpy(shown + t0 * E, my.mask.data(), n * E);
+        for (i64 t = 0, seq = 0; t < n && only; t++) {
+            while (seq < only->B && only->head_row(seq) < t0 + t) seq++;
+            u8* run = &my.mask[t * E];
+            if (seq == only->B || only->head_row(seq) != t0 + t) std::fill_n(run, E, 0);
+            else if (shown) memcpy(shown + seq * E, run, E);
+        }
     }
 };
 
@@ -1779,12 +1822,13 @@ struct Pass {  // one thread's way through a layer
 // tokens that halt they are in `out`
 extern "C" void encode(const Layer* layers, const Model* model) {
     const Model& m = *model;
-    const i64 D = m.a.heads * m.a.d, H = layers->ffn.in.N;
+    const i64 D = m.a.heads * m.a.d;
+    i64 H = 0, W = 0, E = 0;
+    for (i64 i = 0; i < m.n_layer; i++) for (const Branch& b : layers[i].mlps) {
+        H = std::max(H, b.ffn.in.N), W = std::max(W, b.r1.N), E = std::max(E, b.ffn.E);
+    }
     const i64 most = block_size(m.T, m.a.threads, 2 * D * H);
-    i64 W = 0, E = 0;
-    for (i64 i = 0; i < m.n_layer; i++)
-        W = std::max(W, layers[i].r1.N), E = std::max(E, layers[i].ffn.E);
-    Buffer shared(FEW * H);
+    Buffer shared(3 * FEW * H);  // of q, k and v at the same time
     Halting here(m);
     #pragma omp parallel num_threads(m.a.threads)
     {
@@ -1799,7 +1843,7 @@ extern "C" void encode(const Layer* layers, const Model* model) {
             a.old_k = l.k, a.old_v = l.v, a.only = m.only && i == m.n_layer - 1, a.B = here.B;
             my.l = &l;
             run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.qkv(t0, n, part, parts, a);
+                my.qkv(t0, n, T <= FEW ? shared : own, part, parts, a);
             });
             #pragma omp for schedule(dynamic)
             for (i64 item = 0; item < a.B * a.heads; item++) attend(a, item, room);
@@ -1814,18 +1858,20 @@ extern "C" void encode(const Layer* layers, const Model* model) {
             }
             float* h = T <= FEW ? shared : own;
             run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                // x += attention's output projection
-                for (i64 t = 0; t < n; t++) my.my.x.set(t, m.a.y + (t0 + t) * D);
-                product(l.o, my.my.x, n, part, parts, {m.x + t0 * D, D, true});
+                my.project(t0, n, h, part, parts);
             }, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.choose(t0, n, part);
-                my.my.hidden(l.ffn, n, h, part, parts);
+                for (i64 t = 0; t < n; t++) {
+                    my.norm(my.normed + t * D, m.x + (t0 + t) * D, !m.pre_ln);
+                    my.my.x.set(t, my.normed + t * D);
+                }
+                my.choose(FFN, t0, n, part);
+                my.my.hidden(l.mlps[FFN].ffn, n, h, part, parts);
             }, [&](i64 t0, i64 n, i64 part, i64 parts) {
                 // x (post-LN: what the FFN read) += the FFN
                 const i64 c0 = D / 8 * part / parts * 8, c1 = D / 8 * (part + 1) / parts * 8;
                 for (i64 t = 0; t < n && !m.pre_ln; t++)
                     memcpy(m.x + (t0 + t) * D + c0, my.normed + t * D + c0, (c1 - c0) * 4);
-                my.my.output(l.ffn, n, h, m.x + t0 * D, part, parts);
+                my.my.output(l.mlps[FFN].ffn, n, h, {m.x + t0 * D, D, true}, part, parts);
             }, [&](i64 t0, i64 n, i64 part, i64 parts) {
                 for (i64 t = t0 + part; t < t0 + n && !m.pre_ln; t += parts)
                     my.norm(m.x + t * D, m.x + t * D, false);

@@ -400,16 +400,14 @@ class Transformer(nn.Module):
         return super()._apply(*args)
 
     def fused(self):
-        """The blocks as encode_int8 takes them: plain projections, and no router but the two-layer
-        ones by their own rule. None where the blocks have to run one operation at a time."""
+        """The blocks as encode_int8 takes them: no router but the two-layer ones by their own rule.
+        None where the blocks have to run one operation at a time."""
         c, plain = self.config, dict(norm='dynk', active='threshold')
         if self not in FUSED:
             blocks = self.ffns()[0].w_in.w.dtype == torch.uint8
             routed = not c.rule or plain.get(c.router_loss) == c.rule
             owned = any(n > 0 for n in c.n_outputs)
-            fits = blocks and routed and not owned and not c.projections
-            fits = fits and c.n_embd % 8 == 0 and c.router_width % 8 == 0
-            fits = fits and len({len(mlp.w_in) for mlp in self.ffns()}) == 1
+            fits = blocks and routed and not owned and c.n_embd % 8 == 0 == c.router_width % 8
             FUSED[self] = int8_blocks(self) if fits else None
         return FUSED[self]
 
@@ -655,17 +653,23 @@ class Transformer(nn.Module):
 FUSED = weakref.WeakKeyDictionary()
 
 def int8_blocks(model):
-    layers, c = [], model.config
+    def routing(router):                # its matrices and its rule
+        if model.config.rule == 'dynk':
+            return router.net.w1, router.net.w2, True, router.tau, router.floor
+        # of a sigmoid
+        least = torch.logit(torch.tensor(router.tau, dtype=torch.float64)).item()
+        return router.net.w1, router.net.w2, False, least, -math.inf
+
+    layers = []
     for block in model.blocks:
-        router, routing = block.mlp.router, None
-        if c.rule == 'dynk':
-            routing = router.net.w1, router.net.w2, True, router.tau, router.floor
-        elif c.rule == 'threshold':     # of a sigmoid
-            least = torch.logit(torch.tensor(router.tau, dtype=torch.float64)).item()
-            routing = router.net.w1, router.net.w2, False, least, -math.inf
+        at = block.attn
+        parts = at.q, at.k, at.v, at.o, block.mlp                # a Linear, an MLP, None: in at.qkv
+        dense = [getattr(part, 'weight', None) for part in parts[:4]]
+        dense[0] = dense[0] if at.qkv is None else at.qkv
+        mlps = [(part.experts, routing(part.router) if model.config.rule else None)
+                if isinstance(part, MLP) else None for part in parts]
         norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
-        layers.append(int8_layer(block.attn.qkv, block.attn.o.weight, block.mlp.experts, norms,
-                                 routing))
+        layers.append(int8_layer(dense, mlps, norms))
     return layers
 
 def projection_width(n_embd):
