@@ -899,6 +899,7 @@ enum { STRIP = 8 * LANES, GROUP = 96, SPAN = 24 };  // GROUP x STRIP floats: 24 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef float vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // not aligned
 typedef float v4 __attribute__((vector_size(16)));
+typedef float v4u __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 struct bf16 { uint16_t bits; };  // the upper half of an fp32
@@ -1196,13 +1197,17 @@ struct Room {
 
 // scores of n keys -> their softmax but for the factor that is returned
 static float softmax(float* s, i64 n) {
-    vf top = vf{} - INFINITY, sum = {};
-    for (i64 j = n; j < round_up(n, LANES); j++) s[j] = -INFINITY;
-    for (i64 j = 0; j < n; j += LANES) top = load(s + j) > top ? load(s + j) : top;
-    float most = top[0];
-    for (int k = 1; k < LANES; k++) most = std::max(most, top[k]);
+    vf place, top = vf{} - INFINITY, sum = {};
+    for (int k = 0; k < LANES; k++) place[k] = k;
+    // Past the end they are -inf: written one by one they would have to reach memory first
+    auto score = [&](i64 j) { return place < vf{} + (float)(n - j) ? load(s + j) : vf{} - INFINITY; };
+    for (i64 j = 0; j < n; j += LANES) top = score(j) > top ? score(j) : top;
+    v4 tops[LANES / 4];
+    memcpy(tops, &top, sizeof top);
+    for (int i = 1; i < LANES / 4; i++) tops[0] = tops[i] > tops[0] ? tops[i] : tops[0];
+    const float most = std::max(std::max(tops[0][0], tops[0][1]), std::max(tops[0][2], tops[0][3]));
     for (i64 j = 0; j < n; j += LANES) {
-        const vf v = exponential(load(s + j) - most);
+        const vf v = exponential(score(j) - most);
         *(vu*)(s + j) = v;
         sum += v;
     }
@@ -1232,7 +1237,9 @@ template <int NQ> static void ask(const Head& h, i64 i, i64 seen, bool causal, R
             for (i64 j = seen; j < seen + t * causal; j++)
                 acc[t] += my.scores[t * my.wide + j] * load(my.values + j * my.deep + c);
             acc[t] *= factor[t];
-            memcpy(h.out + (i + t) * h.os + c, &acc[t], std::min<i64>(LANES, h.d - c) * 4);
+            float* out = h.out + (i + t) * h.os + c;
+            if (c + LANES <= h.d) *(vu*)out = acc[t];
+            else memcpy(out, &acc[t], (h.d - c) * 4);
         }
     }
 }
@@ -1259,11 +1266,18 @@ static void attend(const Attention& a, i64 item, Room& my) {
         }
         h.k = k, h.v = v, h.ks = a.d;
     }
-    for (i64 c = 0; c < h.d; c++) {
-        float* keys = my.keys + c * my.wide;
-        for (i64 j = 0; j < L; j++) keys[j] = h.k[j * h.ks + c];
-        // Left alone the rest may be denormal, which is slow
-        for (i64 j = L; j < round_up(L, LANES); j++) keys[j] = 0;
+    // Four keys at a time, laid on their side. Left alone the places past the end may be denormal,
+    // which is slow
+    for (i64 j = 0, c; j < round_up(L, LANES); j += 4) {
+        float* keys = my.keys + j;
+        for (c = 0; c + 4 <= h.d && j + 4 <= L; c += 4) {
+            v4 row[4];
+            for (int i = 0; i < 4; i++) row[i] = pinned(*(const v4u*)(h.k + (j + i) * h.ks + c));
+            for (int i = 0; i < 4; i++)
+                *(v4u*)(keys + (c + i) * my.wide) = v4{row[0][i], row[1][i], row[2][i], row[3][i]};
+        }
+        for (; c < h.d; c++) for (i64 i = 0; i < 4; i++)
+            keys[c * my.wide + i] = j + i < L ? h.k[(j + i) * h.ks + c] : 0;
     }
     for (i64 j = 0; j < L; j++) memcpy(my.values + j * my.deep, h.v + j * h.ks, h.d * 4);
     for (i64 i = 0, nq; i < n; i += nq) {
