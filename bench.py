@@ -1471,6 +1471,9 @@ METHODS = {
                               '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
     ('ours', 'one schedule'): ('dense', 'sparsify moefy router adapt',
                                ONE_SCHEDULE + ' --expert_price=0.1'),
+    ('ours', 'q and k, one schedule'): (
+        'dense', 'attn sparsify moefy router adapt',
+        ONE_SCHEDULE + ' --expert_price=0.1 --attn_projections=qk'),
     ('ours', 'projections, one schedule'): (
         'dense', 'attn sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=0.1 --attn_projections=qkvo'),
@@ -1486,8 +1489,8 @@ METHODS = {
 MAIN = {                                # three seeds
     'dense': ('', 'longer'), 'd2dmoe': ('',), 'moefication': ('',), 'masks': ('',),
     'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
-                               'projections', 'one schedule', 'projections, one schedule',
-                               'with halting, one schedule')}
+                               'projections', 'one schedule', 'q and k, one schedule',
+                               'projections, one schedule', 'with halting, one schedule')}
 
 def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')

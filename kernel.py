@@ -807,7 +807,7 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
                 halting=None):
     """The blocks of a model in int8, a list of int8_layer(), as one call: x (T, D) fp32 -> (T, D),
     in place; with `only` (B, D): the last block is needed for the tokens layout.head_rows() alone.
-    masks: a list that receives each block's (T, E), None where it has no router. halting (2), gain
+    masks: a list that receives each MLP's (T, E), None where it has no router. halting (2), gain
     and shift of router.Halting: tokens leave early; `masks` receives also what entered each block,
     its `alive`."""
     (T, D), layers, chosen = x.shape, [], []
@@ -1309,7 +1309,7 @@ extern "C" void attention(const Attention* a) {
 //   sparse:   one token along the blocks in which h is not zero: an FFN's output, after routing
 //             and ReLU.
 //   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for
-//             one another six times a layer. Many: they share out blocks of tokens, and wait around
+//             one another six times a layer, or more. Many: they share out blocks of tokens, and wait around
 //             attention only.
 typedef uint8_t u8;
 typedef uint64_t u64;
@@ -1780,7 +1780,7 @@ struct Pass {  // one thread's way through a layer
             product(l->dense[j], my.x, my.rows.data(), some, std::min(from, q), std::min(to, q),
                     out);
         }
-        for (int j = Q; j <= V; j++) if (l->mlps[j].ffn.in.w)
+        for (int j = Q; j <= V; j++) if (l->mlps[j].ffn.offsets)
             mlp(j, t0, n, parts > 1 ? h + j * n * H : h, {m.qkv + (t0 * 3 + j) * D, 3 * D, false},
                 part, parts, j == Q && a.only ? &a : nullptr);
     }

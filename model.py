@@ -178,12 +178,13 @@ class Attention(nn.Module):
         return self.o(y.flatten(1), tap)
 
     def quantize(self):
-        """q, k and v become one matrix, so that one product gives all three."""
+        """Plain q, k and v become one matrix, so that one product gives all three."""
         projections = self.q, self.k, self.v
+        if any(isinstance(p, MLP) for p in projections):
+            return
         self.qkv = int8(torch.cat([p.weight for p in projections]),
                         torch.cat([p.bias for p in projections]))
         self.q = self.k = self.v = None
-        quantize(self.o)
 
 class Block(nn.Module):
 
@@ -387,7 +388,7 @@ class Transformer(nn.Module):
                 two = mlp.router is not None and isinstance(mlp.router.net, (Norm, Share))
                 for i in '12' if two else ():
                     quantize(mlp.router.net, f'w{i}', f'b{i}')
-            for block in self.blocks if not self.config.projections else ():
+            for block in self.blocks:
                 block.attn.quantize()
             for linear in self.modules():
                 if isinstance(linear, Linear) and hasattr(linear.weight, 'requires_grad'):
