@@ -422,7 +422,7 @@ class Transformer(nn.Module):
             raise ValueError(f'{past + L} tokens do not fit into '
                              f'block_size={self.config.block_size}')
         layout = Layout.of(attention_mask, B, L, self.config.causal)
-        x = self.wte(idx) + self.wpe(torch.arange(past, past + L, device=idx.device))   # (B, L, D)
+        x = self.wte(idx) + self.wpe.weight[past:past + L]       # (B, L, D)
         if self.wtt is not None:
             x = x + (self.wtt.weight[0] if token_type_ids is None else self.wtt(token_type_ids))
         x = layout.pack(x)                                       # (T, D)
