@@ -201,9 +201,9 @@ class Moefy:
         def job(i):
             H = len(mlps[i].w_in)
             n = max(1, H // self.expert_size) if self.expert_size else self.n_experts
-            # a replaced projection is narrower than the FFNs
-            if mlps[i] not in model.ffns():
-                n = min(n, H)
+            # those of a replaced projection, which is narrower, are as large as those of FFNs
+            if mlps[i] not in model.ffns() and not self.expert_size:
+                n = max(1, n * H // model.config.n_hidden)
             found = grouped(mlps[i], n, self.split, self.seed, fires[i])
             left = (time.time() - began) / (i + 1) * (len(mlps) - i - 1)
             print(f'moefy    mlp {i + 1}/{len(mlps)}  {n} experts  {left:.0f} s left', flush=True)
@@ -235,7 +235,7 @@ class SoftMasks(nn.Module):
         self.alpha = nn.Parameter(torch.full((n_masks, H), ALPHA / speed))
         self.chosen, self.speed, self.binary, self.density = chosen, speed, False, None
 
-    def forward(self, x):               # (T, D) -> (T, K), (T, H)
+    def forward(self, x, h=None):       # (T, D) -> (T, K), (T, H)
         p = linear(x, self.w).float().softmax(-1)
         return p, self.choose(p)
 

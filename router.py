@@ -139,18 +139,22 @@ class Norm(nn.Module):
         return F.mse_loss(self(seen.x), seen.norms / seen.scale)
 
 class Active(Norm):
-    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest."""
+    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest. Those of
+    a block's q, k and v, which read the same, have one first layer (Transformer.share_features)."""
     rule = 'threshold'
 
     def __init__(self, mlp, owners, width):
         super().__init__(mlp, owners, width)
         self.b1, self.b2 = (nn.Parameter(torch.zeros(len(w))) for w in (self.w1, self.w2))
 
-    def logits(self, x):                    # (T, D) -> (T, R)
-        return linear(F.relu(linear(x, self.w1, self.b1)), self.w2, self.b2)
+    def features(self, x):                  # (T, D) -> (T, W)
+        return F.relu(linear(x, self.w1, self.b1))
 
-    def forward(self, x):
-        return self.logits(x).sigmoid()
+    def logits(self, x, h=None):            # (T, D), features or None -> (T, R)
+        return linear(self.features(x) if h is None else h, self.w2, self.b2)
+
+    def forward(self, x, h=None):
+        return self.logits(x, h).sigmoid()
 
     def loss(self, seen):
         largest = seen.norms.amax(-1, keepdim=True).clamp_min(1e-9)
@@ -252,8 +256,8 @@ class Router(nn.Module):
         # a slice runs if any chosen output owns it
         return chosen if self.owners is None else (chosen.float() @ self.owners.float()) > 0
 
-    def forward(self, x):                   # (T, D) -> (T, R), (T, E)
-        score = self.net(x)
+    def forward(self, x, h=None):           # (T, D), features or None -> (T, R), (T, E)
+        score = self.net(x) if h is None else self.net(x, h)
         return score, self.choose(score)
 
 # -------------------------------------------------------------------------------------- depth
@@ -396,7 +400,8 @@ class Route:
 
     def parameters(self, model):
         model.eval()                        # no dropout: the model is frozen
-        return [p for mlp in model.mlps() for p in mlp.router.net.parameters()]
+        # each once, whoever shares it
+        return nn.ModuleList(mlp.router.net for mlp in model.mlps()).parameters()
 
     def loss(self, model, batch, progress):
         """The mean over MLPs, each a problem of its own: one forward pass without gradients."""

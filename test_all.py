@@ -925,7 +925,7 @@ def test_coactivation_against_metis():
 # q and v have 8 neurons, an FFN 43
 @pytest.mark.parametrize('split', moefy.SPLITS)
 @pytest.mark.parametrize('options, n_experts', [
-    (dict(n_experts=20), [8, 8, 20] * 2), (dict(expert_size=7), [1, 1, 6] * 2)])
+    (dict(n_experts=20), [3, 3, 20] * 2), (dict(expert_size=7), [1, 1, 6] * 2)])
 def test_moefy_sorts_the_neurons_and_changes_nothing(split, options, n_experts):
     old, phase, done = tiny(n_hidden=43, projections='qv'), moefy.Moefy(split=split, **options), []
     for phase.seed in (1, 0, 0):
@@ -1315,7 +1315,7 @@ def test_generation_is_full_recomputation(projections, length, rule):
     ({}, '', '', 0), (dict(activation='gelu'), 'norm', 'dynk', 0.4), (MLM, '', '', 0),
     ({}, 'active', 'threshold', 0.5), (BERT, 'norm', 'dynk', 0.4),
     (CLS, 'active', 'threshold', 0.6), (dict(projections='qkvo'), 'norm', 'dynk', 0.4),
-    (CLS | dict(projections='qo'), 'active', 'threshold', 0.6), (dict(projections='kv'), '', '', 0),
+    (CLS | dict(projections='qvo'), 'active', 'threshold', 0.5), (dict(projections='kv'), '', '', 0),
     # what runs one operation at a time
     ({}, 'share', 'topk', 0.4), (dict(n_embd=18), 'norm', 'dynk', 0.4), ({}, OWNERS, 'dynk', 0.4)])
 def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
@@ -1387,6 +1387,30 @@ def test_flops_by_hand(config, rho, want):
     m.add_routers('norm', 40)
     got = m.flops(9, rho)
     assert {part: got[part] for part in want} == want and got.pop('total') == sum(got.values())
+
+def test_routers_of_q_k_and_v_share_their_first_layer(tmp_path):
+    m, idx = routed(tiny(projections='qkv'), kind='active').set_rule('threshold', 0.5), tokens(3, 9)
+    nets = [[getattr(block.attn, name).router.net for name in 'qkv'] for block in m.blocks]
+    assert all(net.w1 is row[0].w1 and net.b1 is row[0].b1 for row in nets for net in row)
+    learning = [*R.Route().parameters(m)]
+    assert len(learning) == len({*learning}) == 2 * (2 + 3 * 2 + 4)
+    # each by itself: the same, at more FLOPs; so is what a checkpoint has apart
+    apart, half = copy.deepcopy(m), [0.5] * len(m.mlps())
+    for block in apart.blocks:
+        block.attn.k.router.net.w1 = torch.nn.Parameter(block.attn.k.router.net.w1 * 1, False)
+        block.attn.first = []
+    assert torch.equal(apart(idx), m(idx))
+    for model in (m, apart):                # equal ones become one again
+        M.save(model, tmp_path / 'm.pt')
+        again = M.load(tmp_path / 'm.pt')
+        assert torch.equal(again(idx), m(idx)) and again.blocks[0].attn.first
+    apart.blocks[1].attn.k.router.net.w1 += 0.1
+    M.save(apart, tmp_path / 'm.pt')
+    again = M.load(tmp_path / 'm.pt')
+    assert torch.equal(again(idx), apart(idx)) and again.blocks[0].attn.first
+    assert not again.blocks[1].attn.first
+    more = again.flops(9, half)['router'] - m.flops(9, half)['router']
+    assert more == 2 * 2 * 8 * 16           # two first layers of 8 x 16
 
 def test_flops_of_a_classifier_that_asks_for_the_first_token_alone():
     m, D = tiny(**CLS), 16
@@ -1763,7 +1787,7 @@ def survive(argv):
 
 # every phase but exits, which do not go with halting
 ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
-       '--attn_projections=qo', '--router_loss=active', '--expert_price=0.3', '--adapt_steps=5',
+       '--attn_projections=qk', '--router_loss=active', '--expert_price=0.3', '--adapt_steps=5',
        '--n_masks=3', '--masks_steps=5', '--distil=0.5']
 
 def test_killed_ten_times_is_never_killed(labelled, tmp_path):
@@ -1848,7 +1872,7 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
     folders, script = [tmp_path / x for x in ('gpt', 'bert', 'exits')], tmp_path / 'ranks.py'
     script.write_text(AS_RANKS)
     more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
-            '--masks_steps=20', '--attn_projections=qo', '--attn_steps=20', '--expert_price=0.1',
+            '--masks_steps=20', '--attn_projections=qk', '--attn_steps=20', '--expert_price=0.1',
             '--adapt_steps=20', '--halting_steps=20', '--exits_steps=20']
     tiny = [re.sub(r'steps=\d+', 'steps=20', option) for option in TINY]
     run(*tiny, *more, '--router_loss=active,share', f'--data={text}', out=folders[0])
