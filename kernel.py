@@ -768,8 +768,8 @@ def c_ffn(bundle):
             len(bundle.offsets) - 1, list(ACTIVATIONS).index(bundle.act))
 
 def int8_layer(projections, mlps, norms):
-    """A block for encode_int8. projections: q (or q, k and v in one), k, v and o as Int8, None where
-    there is none; mlps: what q, k, v and o are instead, and the FFN, each None or (Experts, router:
+    """A block for encode_int8. projections: q (or q, k and v in one), k, v and o as Int8, or None
+    where there is none; mlps: what q, k, v and o are instead, and the FFN, each None or (Experts, router:
     None or its two matrices, whether the one before had the same first, whether the rule is dynk,
     tau, floor); norms: scale and shift of both LayerNorms. The caller keeps all of them alive.
     -> the beginning of a Layer; of each of mlps None, or how many experts its router has, or 0."""
@@ -1202,7 +1202,9 @@ static float softmax(float* s, i64 n) {
     vf place, top = vf{} - INFINITY, sum = {};
     for (int k = 0; k < LANES; k++) place[k] = k;
     // Past the end they are -inf: written one by one they would have to reach memory first
-    auto score = [&](i64 j) { return place < vf{} + (float)(n - j) ? load(s + j) : vf{} - INFINITY; };
+    auto score = [&](i64 j) {
+        return place < vf{} + (float)(n - j) ? load(s + j) : vf{} - INFINITY;
+    };
     for (i64 j = 0; j < n; j += LANES) top = score(j) > top ? score(j) : top;
     v4 tops[LANES / 4];
     memcpy(tops, &top, sizeof top);
@@ -1311,8 +1313,8 @@ extern "C" void attention(const Attention* a) {
 //   sparse:   one token along the blocks in which h is not zero: an FFN's output, after routing
 //             and ReLU.
 //   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for
-//             one another six times a layer, or more. Many: they share out blocks of tokens, and wait around
-//             attention only.
+//             one another six times a layer, or more. Many: they share out blocks of tokens, and
+//             wait around attention only.
 typedef uint8_t u8;
 typedef uint64_t u64;
 typedef int8_t s8;

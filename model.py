@@ -282,8 +282,8 @@ class Transformer(nn.Module):
         self.share_features()
 
     def share_features(self, wanted=True):
-        """The `active` routers of a block's q, k and v, which read the same, get one first layer: if
-        `wanted`, or where they have equal ones, as those of a checkpoint do that had one."""
+        """The `active` routers of a block's q, k and v, which read the same, get one first layer:
+        if `wanted`, or where they have equal ones, as those of a checkpoint do that had one."""
         for at in (block.attn for block in self.blocks):
             # q last: it may be asked of fewer tokens
             routers = [p.router for p in (at.v, at.k, at.q) if isinstance(p, MLP)]

@@ -139,8 +139,8 @@ class Norm(nn.Module):
         return F.mse_loss(self(seen.x), seen.norms / seen.scale)
 
 class Active(Norm):
-    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest. Those of
-    a block's q, k and v, which read the same, have one first layer (Transformer.share_features)."""
+    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest. Those
+    of a block's q, k and v, which read the same, have one first layer (share_features)."""
     rule = 'threshold'
 
     def __init__(self, mlp, owners, width):

@@ -1315,7 +1315,8 @@ def test_generation_is_full_recomputation(projections, length, rule):
     ({}, '', '', 0), (dict(activation='gelu'), 'norm', 'dynk', 0.4), (MLM, '', '', 0),
     ({}, 'active', 'threshold', 0.5), (BERT, 'norm', 'dynk', 0.4),
     (CLS, 'active', 'threshold', 0.6), (dict(projections='qkvo'), 'norm', 'dynk', 0.4),
-    (CLS | dict(projections='qvo'), 'active', 'threshold', 0.5), (dict(projections='kv'), '', '', 0),
+    (CLS | dict(projections='qvo'), 'active', 'threshold', 0.5),
+    (dict(projections='kv'), '', '', 0),
     # what runs one operation at a time
     ({}, 'share', 'topk', 0.4), (dict(n_embd=18), 'norm', 'dynk', 0.4), ({}, OWNERS, 'dynk', 0.4)])
 def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
