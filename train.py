@@ -725,10 +725,9 @@ def run_phase(name, typed, value=None, source=None, path=None):
                   asked=typed.get(getattr(cls, 'each', '')),
                   parent=checkpoint_hash(source) if parent else None,
                   data=parent['data'] if parent else corpus.about)
-    before = own['metrics'].get('seconds', 0) if own else 0
 
     def keep(step, optimizer=None):
-        notes['seconds'] = before + time.time() - began
+        notes['seconds'] = own.get('metrics', {}).get('seconds', 0) + time.time() - began
         save(model, path, step=step, optimizer=optimizer, **record)
 
     waits = o.fsdp or name == 'router' and o.router_loss == 'share'
@@ -738,17 +737,17 @@ def run_phase(name, typed, value=None, source=None, path=None):
     if hasattr(phase, 'finish'):
         notes |= phase.finish(model)
     if hasattr(phase, 'report'):
-        known = bench.read_results(os.path.dirname(path) or '.').get('config', vars(o))
-        o.eval_batches = typed.get('eval_batches', known['eval_batches'])
-        notes |= reported(phase, model, held_out(corpus, o, device), device)
+        notes |= reported(phase, model, corpus, o, typed, device)
     keep(steps)
     wait_for_all()
     if stopped:
         raise KeyboardInterrupt(f'{name} is done; the same command goes on', 128 + stopped)
 
-def reported(phase, model, batches, device):
+def reported(phase, model, corpus, o, typed, device):
     """What a phase has to say on 8 of the held-out batches: texts come by length."""
-    dense = os.path.join(phase.folder, 'dense.pt')
+    known = bench.read_results(phase.folder).get('config', vars(o))
+    o.eval_batches = typed.get('eval_batches', known['eval_batches'])
+    batches, dense = held_out(corpus, o, device), os.path.join(phase.folder, 'dense.pt')
     phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
     return phase.report(model, batches[::max(1, len(batches) // 8)])
 
