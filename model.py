@@ -111,7 +111,7 @@ class MLP(nn.Module):
         return Experts(self.w_in, self.b_in, self.w_out, self.b_out, self.offsets, self.act)
 
     def forward(self, x, tap=None, h=None):
-        """x (T, D), what its router's first layer makes of it, or None -> (T, D)."""
+        """x (T, D) -> (T, D); h (T, W): what its router's first layer makes of x, if known."""
         score = mask = rho = None
         if self.router is not None and self.router.rule:
             score, mask = self.router(x, h)                      # (T, R), (T, E)
@@ -165,7 +165,8 @@ class Attention(nn.Module):
             new = MLP(D, projection_width(D), 'relu') if replaced else Linear(D, D)
             setattr(self, name, new)
         self.qkv = None                 # of an int8 model all three in one
-        self.first = []                 # the router whose first layer those of q, k and v share
+        # the router whose first layer those of q, k and v share, in a list: no submodule of this
+        self.first = []
 
     def forward(self, x, layout, cache=None, tap=None, rows=None):
         """x (T, D) -> (T, D), or of `rows` alone: (B, D)."""
@@ -175,9 +176,9 @@ class Attention(nn.Module):
         else:
             h = self.first[0].net.features(x) if self.first and self.first[0].rule else None
             asking = (x, h) if rows is None else (x[rows], h if h is None else h[rows])
-            inputs = asking, (x, h), (x, h)
+            parts = (self.q, asking), (self.k, (x, h)), (self.v, (x, h))
             q, k, v = (project(t, tap, own).unflatten(-1, (self.n_head, -1))
-                       for project, (t, own) in zip((self.q, self.k, self.v), inputs))
+                       for project, (t, own) in parts)           # (T, n_head, d)
         y = attention(q, k, v, layout, cache, self.dropout if self.training else 0.0)
         return self.o(y.flatten(1), tap)
 

@@ -185,7 +185,7 @@ def watch(model, batches):
 class Moefy:
     """Sort the neurons of every MLP into experts: the output stays what it was."""
     reads, writes = ('sparse',), 'moe'
-    n_experts: Annotated[int, '> 0'] = 128
+    n_experts: Annotated[int, '> 0'] = 128      # of an FFN; those of a projection are as large
     expert_size: int = 0                # neurons an expert, instead of n_experts
     split: Annotated[str, SPLITS] = 'kmeans'
 
