@@ -1896,7 +1896,7 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
 
     for how, asked, n in (('whole', folders, len(one)), ('sharded', folders[:1], 9)):
         done, phases = ranks(how, *asked)
-        assert not done.returncode and phases == n
+        assert not done.returncode and phases == n, done.stderr
     # the others say nothing, and what is left is gone on with by one process, or by two
     done, _ = ranks('failing', folders[0])
     assert done.returncode and done.stderr.count('ArithmeticError: this rank is lost') == 1
@@ -1906,7 +1906,8 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
     assert 'base     going on at step 5 of 20' in capsys.readouterr().out
     (folders[0] / 'base.pt').write_bytes(left)
     done, phases = ranks('rest', folders[0])
-    assert 'going on at step 5 of 20' in done.stdout and not done.returncode and phases == 1
+    assert 'going on at step 5 of 20' in done.stdout and phases == 1
+    assert not done.returncode, done.stderr
 
 def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',

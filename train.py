@@ -1164,6 +1164,9 @@ def guarded(job):
     first = join()
     try:
         job()
+        if ranks()[1] > 1:                  # their threads may not outlive the interpreter
+            wait_for_all()
+            dist.destroy_process_group()
     except (BadInput, FloatingPointError) as error:
         if first():
             print(f'error: {error}', file=sys.stderr)
