@@ -919,8 +919,6 @@ def load(where, n_classes=0, dtype='fp32'):
             state.setdefault(f'{name}.bias', torch.zeros(n))
     return build(dict(config=config, model=state, data=data.get('data')), where).quantize(dtype)
 
-from_pretrained = load
-
 def peek(where):
     """(Config, what is known of the data) of what load(where) would read, without its weights."""
     inside = where if os.path.isfile(where) else os.path.join(where, 'd2dmoe.pt')

@@ -213,9 +213,6 @@ class Moefy:
             mlp.sort_neurons(*found)
         model.config.n_experts = [len(mlp.offsets) - 1 for mlp in mlps]
 
-    def parameters(self, model):
-        return []                       # nothing to learn
-
 # --------------------------------------------------------------------------------- learned masks
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1    # hard concrete (Louizos et al. 2018)

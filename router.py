@@ -455,7 +455,6 @@ class Route:
         menus = shared_out(menu, len(mlps))
         model.config.calibration = dict(rule=rule, floor=FLOOR, tokens=tokens, menus=menus,
                                         start=base / dense - 1)
-        return {}
 
 @dataclass
 class Adapt:
@@ -496,13 +495,11 @@ class Adapt:
     def finish(self, model):
         for mlp in model.mlps():
             mlp.router.soft = False
-        return {}
 
     def report(self, model, batches):
         rule, tau = model.config.rule, model.config.tau
         Route.report(self, model, batches)
         model.set_rule(rule, tau)
-        return {}
 
 if __name__ == '__main__':
     import train

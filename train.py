@@ -735,7 +735,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
            'processes does not go with --fsdp or share: one may have no token left')
     stopped = learn(name, phase, model.to(device), own, corpus, o, device, keep) if steps else 0
     if hasattr(phase, 'finish'):
-        notes |= phase.finish(model)
+        notes |= phase.finish(model) or {}
     if hasattr(phase, 'report'):
         notes |= reported(phase, model, corpus, o, typed, device)
     keep(steps)
@@ -749,7 +749,7 @@ def reported(phase, model, corpus, o, typed, device):
     o.eval_batches = typed.get('eval_batches', known['eval_batches'])
     batches, dense = held_out(corpus, o, device), os.path.join(phase.folder, 'dense.pt')
     phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
-    return phase.report(model, batches[::max(1, len(batches) // 8)])
+    return phase.report(model, batches[::max(1, len(batches) // 8)]) or {}
 
 def pick_device(o):
     kinds = dict(cuda=torch.cuda, mps=torch.backends.mps, cpu=torch.cpu)
