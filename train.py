@@ -649,7 +649,8 @@ def resolve(name, typed, value, source, path):
     own = read_phase(path) if os.path.exists(path) else {}
     refuse(own and own['phase'] != name,
            f'{path}: holds a checkpoint of another phase; give another place')
-    others = list(siblings(os.path.dirname(path) or '.').values())[::-1]
+    here = siblings(os.path.dirname(path) or '.')
+    others = [*here.values()][::-1]
     values = vars(with_defaults(dict(preset=typed.get('preset', ''))))
     # each says more than those before it
     for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
@@ -664,7 +665,6 @@ def resolve(name, typed, value, source, path):
     # an optional phase would come between what is there already
     wanted = getattr(cls, 'wanted', '')
     if wanted and values[wanted] and not own and not typed.get('overwrite'):
-        here = siblings(os.path.dirname(path) or '.')
         known = {checkpoint_hash(other) for other in here}
         for other, data in here.items():
             refuse(cls.writes in PHASES[data['phase']].reads and data['parent'] in known,
@@ -703,7 +703,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         check_writable(path, make_folder=True)
     looks = steps or getattr(phase, 'looks', False) or hasattr(phase, 'report')
     if not parent or looks and not done:    # what the base learned from must not have changed
-        corpus = open_in_turn(o, os.path.dirname(source or path) or '.')
+        corpus = open_in_turn(o, phase.folder)
         learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
             refuse(parent or not o.overwrite, f'--data={o.data}: changed since {source or path} '
