@@ -239,9 +239,9 @@ class SoftMasks(nn.Module):
     def values(self):
         """The masks (K, H), and how likely each value is not 0."""
         log_alpha = self.speed * self.alpha
-        if self.binary or not self.training:
-            z = stretched(log_alpha.sigmoid())
-            return ((z >= 0.5).float(),) * 2 if self.binary else (z, (z > 0).float())
+        if self.binary:
+            z = (stretched(log_alpha.sigmoid()) >= 0.5).float()
+            return z, z
         u = torch.rand_like(log_alpha).clamp(1e-6, 1 - 1e-6)
         z = stretched(((u.log() - (1 - u).log() + log_alpha) / BETA).sigmoid())
         return z, (log_alpha - BETA * math.log(-GAMMA / ZETA)).sigmoid()
