@@ -99,6 +99,12 @@ PRESETS = {
 
 BERT = dict(causal=False, pre_ln=False, n_types=2, head='cls', pooler=True, ln_eps=1e-12)
 
+def new_config(o, vocab, n_classes):
+    bert = BERT | dict(n_classes=n_classes) if o.arch == 'bert' else {}
+    return Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
+                  block_size=o.block_size, vocab_size=vocab, activation=o.activation,
+                  dropout=o.dropout, **bert)
+
 @dataclass
 class Command:
     """the command"""
@@ -159,11 +165,7 @@ class Base:
     def create(self, about):
         if self.init_from:
             return self.adopt(about)
-        bert = BERT | dict(n_classes=len(about['classes'])) if self.arch == 'bert' else {}
-        return Transformer(Config(
-            n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, n_hidden=4 * self.n_embd,
-            block_size=self.block_size, vocab_size=about['vocab'], activation=self.activation,
-            dropout=self.dropout, **bert))
+        return Transformer(new_config(self, about['vocab'], len(about.get('classes', ()))))
 
     def adopt(self, about):
         """The model of --init_from, dense again if it was routed."""
@@ -365,15 +367,10 @@ def least_flops(o):
     """What of the dense FLOPs is left where no expert runs."""
     made = [os.path.join(o.out_dir, name) for name in ('attn.pt', 'base.pt')]
     made = next(filter(os.path.exists, made), o.init_from)
-    if made:
-        c = replace(peek(made)[0], rule='', taus=[], router_loss='', n_experts=[], n_outputs=[])
-    else:
-        c = Config(n_layer=o.n_layer, n_head=o.n_head, n_embd=o.n_embd, n_hidden=4 * o.n_embd,
-                   block_size=o.block_size, vocab_size=50257 if o.tokenizer == 'gpt2' else 256,
-                   **(BERT | dict(n_classes=2) if o.arch == 'bert' else {}))
-    c.projections = o.attn_projections or c.projections
+    c = peek(made)[0] if made else new_config(o, 50257 if o.tokenizer == 'gpt2' else 256, 2)
     with torch.device('meta'):
-        model = Transformer(c)
+        model = Transformer(replace(c, projections=o.attn_projections or c.projections, rule='',
+                                    router_loss=''))
     all_off = [0.0] * len(model.mlps())
     whole, least = (model.flops(c.block_size, rho)['total'] for rho in (None, all_off))
     return least / whole
