@@ -878,8 +878,7 @@ def stops():
             signal.signal(s, handler)
 
 def gradient(name, phase, model, corpus, o, device, step):
-    """Of this rank's part of a batch, left in the parameters -> loss and shares, the batch's inputs
-    and targets, and how many tokens all its parts had."""
+    """Of this rank's part of a batch, left in the parameters -> loss and shares, tokens of all."""
     (rank, size), tokens = ranks(), 0
     for micro in range(o.grad_accum):
         batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name,
@@ -888,7 +887,7 @@ def gradient(name, phase, model, corpus, o, device, step):
         with torch.autocast(device, torch.bfloat16, enabled=has_bf16(device)):
             loss, log = phase.loss(model, taught(batch, phase), (step + 1) / phase.steps)
         (loss / o.grad_accum).backward()
-    return dict(task=loss.detach()) | log, batch, tokens
+    return dict(task=loss.detach()) | log, tokens
 
 def say_step(name, done, steps, log, speed, cost, left):
     """A line about a step: means over ranks, tokens a second, and what that is of the peak, of
@@ -906,7 +905,7 @@ def agree(log, *flags):
 def learn(name, phase, whole, own, corpus, o, device, keep):
     """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`,
     which is what learns, unless FSDP shards a copy of it. -> the signal that came in the end."""
-    rank, start, steps = ranks()[0], own.get('step', 0), phase.steps
+    (rank, size), start, steps = ranks(), own.get('step', 0), phase.steps
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
         whole.load_state_dict(own['model'])
@@ -937,7 +936,7 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
             # whatever came before; dropout is another for other texts
             own_rank = rank if whole.config.dropout else 0
             torch.manual_seed(zlib.crc32(f'{o.seed} {name} {step} {own_rank}'.encode()))
-            log, batch, n = gradient(name, phase, model, corpus, o, device, step)
+            log, n = gradient(name, phase, model, corpus, o, device, step)
             average(parameters)
             norm, now, done, tokens = clip(parameters), time.time(), step + 1, tokens + n
             log, stop, due = agree(log, len(came), not rank and now - saved > SAVE_EVERY)
@@ -949,8 +948,8 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
             optimizer.zero_grad(set_to_none=True)
             if now - said > 5 or done == steps:
                 said, took = now, now - began
-                flops = passes * whole.flops(n_tokens(batch[0]) / len(batch[1]))['total']
-                say_step(name, done, steps, log, tokens / took, flops / peak / ranks()[1],
+                flops = passes * whole.flops(n / o.batch_size / o.grad_accum / size)['total']
+                say_step(name, done, steps, log, tokens / took, flops / peak / size,
                          took * (steps - done) / (done - start))
             profiler.step()
             if done < steps and (stop or due):
