@@ -824,7 +824,7 @@ def average(parameters):
         return
     own = [p for p in parameters if not is_sharded(p)]
     # what one rank did not reach the others may have
-    there = over_ranks(torch.stack([torch.tensor(p.grad is not None) for p in own]).int(), 'MAX')
+    there = over_ranks(torch.tensor([int(p.grad is not None) for p in own]), 'MAX')
     own = [p for p, reached in zip(own, there.tolist()) if reached]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
     while grads:
