@@ -826,14 +826,13 @@ def average(parameters):
     # what one rank did not reach the others may have
     there = over_ranks(torch.tensor([int(p.grad is not None) for p in own]), 'MAX')
     own = [p for p, reached in zip(own, there.tolist()) if reached]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
-    while grads:
-        bucket = [grads.pop()]
-        while grads and sum(g.numel() for g in bucket) < 2 ** 24:
-            bucket.append(grads.pop())
-        means = over_ranks(torch.cat([g.flatten() for g in bucket])) / ranks()[1]
-        for mean in means.split([g.numel() for g in bucket]):
-            p = own.pop()
+    while own:
+        bucket = [own.pop()]
+        while own and sum(p.numel() for p in bucket) < 2 ** 24:
+            bucket.append(own.pop())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        means = over_ranks(torch.cat([g.flatten() for g in grads])) / ranks()[1]
+        for p, mean in zip(bucket, means.split([p.numel() for p in bucket])):
             p.grad = mean.view_as(p)
 
 def clip(parameters, most=1.0):
