@@ -415,9 +415,9 @@ class Transformer(nn.Module):
                     quantize(mlp.router.net, f'w{i}', f'b{i}')
             for block in self.blocks:
                 block.attn.quantize()
-            for linear in self.modules():
-                if isinstance(linear, Linear) and hasattr(linear.weight, 'requires_grad'):
-                    quantize(linear)
+            for module in self.modules():
+                if isinstance(module, Linear) and hasattr(module.weight, 'requires_grad'):
+                    quantize(module)
         self.dtype = dtype
         return self.eval().requires_grad_(False)
 

@@ -102,10 +102,9 @@ class Prune:
             model.encode(**batch[0], tap=(tap := []))
             taps.append([t['a'].abs().mean(0) for t in tap])
         for mlp, means in zip(model.mlps(), zip(*taps)):
-            if mlp not in model.ffns():
-                continue
-            does = sum(means) * (mlp.w_out.norm(dim=1) if self.prune_by == 'output' else 1)
-            mlp.sort_neurons(does.topk(n).indices.sort().values, [0, n])
+            if mlp in model.ffns():
+                does = sum(means) * (mlp.w_out.norm(dim=1) if self.prune_by == 'output' else 1)
+                mlp.sort_neurons(does.topk(n).indices.sort().values, [0, n])
         model.config.n_hidden = n
 
     def parameters(self, model):
