@@ -98,7 +98,7 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd, n_hidden, act):
         super().__init__()
-        self.act = act
+        self.act, self.n_hidden = act, n_hidden
         self.w_in = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)
         self.b_in = nn.Parameter(torch.zeros(n_hidden))
         self.w_out = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)
@@ -136,13 +136,15 @@ class MLP(nn.Module):
             p = getattr(self, name)
             setattr(self, name, nn.Parameter(p[order], p.requires_grad))
         self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
+        self.n_hidden = len(order)
 
     def share(self, mask):              # of the neurons that run: mask (T, E), None: all
         size = self.offsets.diff().float() / len(self.w_in)
         return 1.0 if mask is None else (mask.float().mean(0) @ size).item()
 
     def quantize(self):
-        """Both matrices as Int8, every expert filled up to whole blocks with neurons that are 0."""
+        """Both matrices as Int8, every expert filled up to whole blocks with neurons that are 0,
+        which n_hidden does not count."""
         sizes = self.offsets.diff().tolist()
         w_in, b_in, w_out = (
             torch.cat([p[:0], *(pad_to_8(expert, 0) for expert in p.split(sizes))]).detach()
@@ -661,7 +663,7 @@ class Transformer(nn.Module):
                 if not isinstance(module, MLP):
                     out[part] += 2 * D * D * tokens
                     continue
-                out[part] += 4 * D * len(module.w_in) * next(shares) * tokens
+                out[part] += 4 * D * module.n_hidden * next(shares) * tokens
                 if rho is not None and module.router is not None:
                     out['router'] += 2 * module.router.size * tokens
         if c.head == 'cls':             # once for a sequence

@@ -18,7 +18,7 @@ A phase is a class whose fields are its options, and it lives with its method:
     reads       names of checkpoints: the first that exists      writes      the name of its own
     wanted      optional: without this option a full run skips it each       optional: an option of
     prepare(model, batches)   the change made once, in place                 which every value gets
-    parameters(model)         what learns; [] for no loop                    a run of its own
+    parameters(model)         what learns, in so many `steps`                a run of its own
     loss(model, batch, progress) -> loss, what to log: the task, shares by name
     finish(model)             optional: the change made at the end; what to remember
     report(model, batches)    optional: what to remember; may compare with self.dense
