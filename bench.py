@@ -43,7 +43,7 @@ import kernel
 from model import (MLP, BadInput, Config, Masks, Transformer, build, check_writable,
                    checkpoint_hash, cross_entropy, export_plain, load, n_tokens, pad,
                    read_checkpoint, reason, save, transformers, write_atomically)
-from router import CEILINGS, CONFIDENCE, FLOOR, GRID, ROUTERS, Router
+from router import CEILINGS, CONFIDENCE, FLOOR, GRID, ROUTERS, Router, select
 from sparsify import statistics as sparsity_statistics
 
 # -------------------------------------------------------------------------------------- measuring
@@ -917,15 +917,14 @@ def peers_suite(o, device, shape):
     for T, s, rho in itertools.product((16, shape.tokens[0]), (shape.sizes[-1], shape.sizes[0]),
                                        (0.125, 0.25)):
         E, x = shape.H // s, torch.randn(T, shape.D, device=device)
-        chosen = torch.rand(T, E, device=device).topk(max(1, round(rho * E))).indices   # (T, k)
-        mask = torch.zeros(T, E, dtype=torch.bool, device=device).scatter_(1, chosen, True)
+        mask = select(torch.rand(T, E, device=device), 'topk', rho)
         masks = [mask] * len(layers)
         jobs = {'dense': [partial(kernel.experts, x, None, m) for m in layers],
                 'd2dmoe': routed(layers, x, masks, o.impl),
                 'loop': routed(layers, x, masks, 'torch')}
         # torch's own is not in every build
         try:
-            grouped = grouped_mm(layers, x, s, chosen)
+            grouped = grouped_mm(layers, x, mask)
             if not torch.allclose(grouped[0](), jobs['d2dmoe'][0](), atol=1e-3):
                 raise AssertionError('grouped mm computes something else')
             jobs['grouped mm'] = grouped
@@ -939,17 +938,16 @@ def peers_suite(o, device, shape):
             f'{name} {times["dense"] / t:.2f}' for name, t in times.items()), flush=True)
     return rows
 
-def grouped_mm(layers, x, s, chosen):
+def grouped_mm(layers, x, mask):
     """The routed layer by torch's grouped matmul, the pairs of token and expert by expert."""
-    (T, k), E = chosen.shape, len(layers[0].w_in) // s
-    expert, order = chosen.flatten().sort(stable=True)           # (T k)
-    rows = order // k
-    ends = expert.bincount(minlength=E).cumsum(0).to(torch.int32)
+    T, E = mask.shape
+    expert, rows = mask.T.nonzero(as_tuple=True)                 # (T k) each
+    ends = mask.sum(0).cumsum(0).to(torch.int32)
 
     def layer(m):
-        h = torch._grouped_mm(x[rows], m.w_in.view(E, s, -1).mT, offs=ends)
-        h = F.relu(h + m.b_in.view(E, s)[expert])
-        pairs = torch._grouped_mm(h, m.w_out.view(E, s, -1), offs=ends)
+        h = torch._grouped_mm(x[rows], m.w_in.view(E, -1, x.shape[1]).mT, offs=ends)
+        h = F.relu(h + m.b_in.view(E, -1)[expert])
+        pairs = torch._grouped_mm(h, m.w_out.view(E, -1, x.shape[1]), offs=ends)
         return m.b_out.repeat(T, 1).index_add_(0, rows, pairs)
 
     return [partial(layer, m) for m in layers]
