@@ -1425,7 +1425,7 @@ def engine_rows(name, found, tasks, causal):
 # -------------------------------------------------------------------------------------- methods
 
 # the rate stays up in sparsify, adapt takes it down
-ONE_SCHEDULE = '--router_loss=active --lr_end=1'
+ONE_SCHEDULE = '--router_loss=active --lr_end=1 --expert_price=0.1'
 # name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
 # the same base and control, fine-tuned for as many steps. A method is a line here.
 METHODS = {
@@ -1467,14 +1467,11 @@ METHODS = {
                                         '--expert_price=1 --distil=0.5 --halt_sooner=1'),
     ('ours', 'projections'): ('dense', 'attn sparsify moefy router',
                               '--attn_projections=qkvo --distil=0.5 --router_loss=active'),
-    ('ours', 'one schedule'): ('dense', 'sparsify moefy router adapt',
-                               ONE_SCHEDULE + ' --expert_price=0.1'),
+    ('ours', 'one schedule'): ('dense', 'sparsify moefy router adapt', ONE_SCHEDULE),
     ('ours', 'q and k, one schedule'): (
-        'dense', 'attn sparsify moefy router adapt',
-        ONE_SCHEDULE + ' --expert_price=0.1 --attn_projections=qk'),
+        'dense', 'attn sparsify moefy router adapt', ONE_SCHEDULE + ' --attn_projections=qk'),
     ('ours', 'projections, one schedule'): (
-        'dense', 'attn sparsify moefy router adapt',
-        ONE_SCHEDULE + ' --expert_price=0.1 --attn_projections=qkvo'),
+        'dense', 'attn sparsify moefy router adapt', ONE_SCHEDULE + ' --attn_projections=qkvo'),
     ('ours', 'with halting, one schedule'): (
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
