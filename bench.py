@@ -1077,7 +1077,8 @@ def prepare_ctranslate2(job, c, plain, path):
             ('unk_token', 'bos_token', 'eos_token'), '0')).save_pretrained(source)
     TransformersConverter(source).convert(path, quantization=job.dtype.replace('fp', 'float'))
 
-# what loads an engine: -> forward(inputs, only) -> logits, decode(idx) or None, bytes of weights
+# what loads an engine: -> forward(inputs, only) -> logits, decode(idx) or None, bytes of weights,
+# and of ours share(inputs), of the neurons that run, of another's None
 
 def load_ours(path, job, c):
     m = load(path, dtype=job.dtype)
@@ -1089,10 +1090,11 @@ def load_ours(path, job, c):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in tensors if t is not None}
 
-    def forward(inputs, only=False, tap=None):
-        return m(**inputs, only=only, tap=tap)
-    forward.model = m
-    return forward, partial(m.generate, n=NEW, temperature=0), sum(storages.values())
+    def share(inputs):
+        _, masks = forward(m, inputs)
+        return statistics.mean(mlp.share(mask) for mlp, mask in zip(m.mlps(), masks))
+    return (lambda x, only: m(**x, only=only), partial(m.generate, n=NEW, temperature=0),
+            sum(storages.values()), share)
 
 def load_transformers(path, job, c):
     m = hf_model(path, c.causal)
@@ -1103,7 +1105,7 @@ def load_transformers(path, job, c):
     def decode(idx):
         return m.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW,
                           min_new_tokens=NEW, do_sample=False, pad_token_id=0, use_cache=True)
-    return lambda x, only: plain(x['idx'], x.get('attention_mask')), decode, size
+    return lambda x, only: plain(x['idx'], x.get('attention_mask')), decode, size, None
 
 def load_graph(path, job, c):
     """onnxruntime or openvino."""
@@ -1130,7 +1132,7 @@ def load_graph(path, job, c):
             keep = np.pad(arrays['keep'], ((0, 0), (0, 1)), constant_values=1)
             arrays = dict(zip(arrays, [logits.argmax(-1)[:, None], keep, *cache]))
     return (forward, decode if c.causal and job.only[-1] else None,
-            os.path.getsize(path.replace('.xml', '.bin')))
+            os.path.getsize(path.replace('.xml', '.bin')), None)
 
 def load_ctranslate2(path, job, c):
     import ctranslate2
@@ -1151,7 +1153,7 @@ def load_ctranslate2(path, job, c):
     def decode(idx):
         return m.generate_batch([[str(i) for i in row] for row in idx.tolist()], sampling_topk=1,
                                 max_length=NEW, min_length=NEW, include_prompt_in_result=False)
-    return forward, decode, os.path.getsize(os.path.join(path, 'model.bin'))
+    return forward, decode, os.path.getsize(os.path.join(path, 'model.bin')), None
 
 # name: what loads it, dtypes, what `only` its processes run, what has to be installed
 BOTH, GRAPH = ((False,), (True,)), 'transformers onnx onnxscript'
@@ -1186,7 +1188,7 @@ def engine_worker(pipe, folder, job, threads):
             # torch, which every process has for its tensors, and the engine's code do not count
             before, calls = peak_memory(), {}
             path = os.path.join(folder, file_of(job))
-            forward, decode, size = ENGINES[job.engine][0](path, job, c)
+            forward, decode, size, share = ENGINES[job.engine][0](path, job, c)
             for only, (i, (task, _, texts)) in itertools.product(job.only, enumerate(tasks)):
                 if task != 'decode':
                     calls[i, only] = [partial(forward, x, only) for x in texts]
@@ -1195,7 +1197,7 @@ def engine_worker(pipe, folder, job, threads):
             for call in sum(calls.values(), []) * 2:
                 call()
             pipe.send(dict(size=size, keys=list(calls), quality=quality_of(forward, job, held_out),
-                           experts=[share_run(forward, texts[0]) for _, _, texts in tasks]))
+                           experts=[share and share(texts[0]) for _, _, texts in tasks]))
             while request := pipe.recv():
                 key, most = request
                 pipe.send((turn(calls[key], most), peak_memory() - before))
@@ -1208,13 +1210,6 @@ def turn(calls, most):
     while not seconds or time.perf_counter() < end:
         seconds.append(timed(*calls)[1])
     return seconds[1:] or seconds
-
-def share_run(forward, inputs):
-    """The share of neurons that our model runs on these texts; None of another's."""
-    if not hasattr(forward, 'model'):
-        return None
-    forward(inputs, tap=(masks := Masks()))
-    return statistics.mean(mlp.share(mask) for mlp, mask in zip(forward.model.mlps(), masks))
 
 def quality_of(forward, job, held_out):
     """{only: accuracy on texts, or loss on windows, which takes the logits of all tokens}."""
