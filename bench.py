@@ -1196,7 +1196,9 @@ def engine_worker(pipe, folder, job, threads):
                     calls[i, only] = [partial(decode, texts[0]['idx'])]
             for call in sum(calls.values(), []) * 2:
                 call()
-            pipe.send(dict(size=size, keys=list(calls), quality=quality_of(forward, job, held_out),
+            quality = {only: quality_of(forward, only, held_out) for only in job.only
+                       if held_out and not (c.causal and only)}
+            pipe.send(dict(size=size, seconds={key: [] for key in calls}, quality=quality,
                            experts=[share and share(texts[0]) for _, _, texts in tasks]))
             while request := pipe.recv():
                 key, most = request
@@ -1211,15 +1213,12 @@ def turn(calls, most):
         seconds.append(timed(*calls)[1])
     return seconds[1:] or seconds
 
-def quality_of(forward, job, held_out):
-    """{only: accuracy on texts, or loss on windows, which takes the logits of all tokens}."""
-    causal, out = bool(held_out) and held_out[0][1].dim() == 2, {}
+def quality_of(forward, only, held_out):
+    """Accuracy on texts, or loss on windows, which takes the logits of all tokens."""
+    causal = held_out[0][1].dim() == 2
     score = cross_entropy if causal else lambda z, y: (z.argmax(-1) == y).float().mean()
-    for only in job.only if held_out else ():
-        if not (causal and only):
-            scores = [score(forward(inputs, only), y).item() for inputs, y in held_out]
-            out[only] = float(np.average(scores, weights=[len(y) for _, y in held_out]))
-    return out
+    scores = [score(forward(inputs, only), y).item() for inputs, y in held_out]
+    return float(np.average(scores, weights=[len(y) for _, y in held_out]))
 
 def aimed(dense, s, rho, texts, width):
     """A copy in experts of s, whose random routers run each for a share rho of the tokens."""
@@ -1366,7 +1365,7 @@ def engine_times(jobs, dense, tasks, folder, turn, rounds=3):
     for job, worker in workers.items():
         answer = attempt(job, 'ready', 6, ask, worker, 'go')
         if answer:
-            found[job] = answer | dict(seconds={key: [] for key in answer['keys']})
+            found[job] = answer
     for i, job in itertools.product(range(rounds), list(found)):
         if job in found:
             attempt(job, f'round {i + 1}', 2, take_turn, job)
