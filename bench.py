@@ -1489,18 +1489,15 @@ def run_method(train, method, seed, out_dir, typed):
     """Every phase of a method that is not done yet, and its evaluation -> (rows, seconds, base)."""
     start, phases, own = METHODS[method]
     folder = place(out_dir, method, seed)
-    # a method's own options hold for its own phases; the files it starts from keep theirs
-    names = ['data.pt', 'base.pt', 'dense.pt', 'results.json']   # what is known of them, too
     os.makedirs(folder, exist_ok=True)
-    while start:
-        start = tuple(start.partition(' ')[::2])                 # name, variant
-        source, before = place(out_dir, start, seed), phases.split()[0]
-        writes = [cls.writes for cls in train.PHASES.values()]
-        names += [f'{name}.pt' for name in writes[:list(train.PHASES).index(before)]]
-        for name in names:
+    # a method's own options hold for its own phases; the files it starts from keep theirs
+    if start:
+        source = place(out_dir, tuple(start.partition(' ')[::2]), seed)      # name, variant
+        earlier = itertools.takewhile(lambda name: name != phases.split()[0], train.PHASES)
+        # what is known of them, too
+        for name in ('data.pt', 'results.json', *(f'{train.PHASES[p].writes}.pt' for p in earlier)):
             with contextlib.suppress(FileNotFoundError, FileExistsError):
                 os.link(os.path.join(source, name), os.path.join(folder, name))
-        start = METHODS[start][0]
     # a preset's values are an option each: what an earlier phase was told otherwise stays so
     known, own = train.all_options(), (a[2:].split('=') for a in own.split())
     own = {name: train.cast(name, text, known[name]) for name, text in own}
@@ -1534,11 +1531,11 @@ def run_method(train, method, seed, out_dir, typed):
         mine, other = (load(os.path.join(d, 'dense.pt')) for d in (folder, dense))
         tokens = mine.config.block_size
         share = mine.flops(tokens)['total'] / other.flops(tokens)['total']
-        rows = [read_results(dense)['rows'][0] | dict(method='')] + [
-            r | dict(flops=share, madds=share, speedup=None, flops_first=None, speedup_first=None)
-            for r in rows]
-        for r in rows[1:]:                  # not in turn with the other
-            r['speedup'] = rows[0]['ms_per_1k_tokens'] / r['ms_per_1k_tokens']
+        first = read_results(dense)['rows'][0] | dict(method='')
+        # not in turn with the other
+        rows = [first] + [
+            r | dict(flops=share, madds=share, flops_first=None, speedup_first=None,
+                     speedup=first['ms_per_1k_tokens'] / r['ms_per_1k_tokens']) for r in rows]
     control = 'dense' in phases.split() or method[0] == 'exits'
     seconds = sum(data['metrics'].get('seconds', 0) for data in train.siblings(folder).values()
                   if control or data['phase'] != 'dense')
