@@ -257,10 +257,9 @@ def cost_of(model, batches, extents, only=False):
 def seconds_of(model, dense, inputs, only=False):
     """Of a forward pass of each. Of texts the second: oneDNN prepares a product for each new shape,
     and where tokens leave every block has one."""
-    calls = [partial(forward, m, inputs, only) for m in (model, dense)]
-    for call in calls if model.config.head == 'cls' else ():
-        call()
-    return [timed(call)[1] for call in calls]
+    jobs = dict(ours=[partial(forward, model, inputs, only)],
+                theirs=[partial(forward, dense, inputs, only)])
+    return in_turn(jobs, rounds=1, warmup=int(model.config.head == 'cls')).values()
 
 def first_token(model, dense, batches):
     """Of a classifier as classify() runs it, with the last block's q, o and FFN for the token alone
@@ -1277,8 +1276,8 @@ def checkpoint_models(o):
         # what the sweep picked, if there was one
         usual, rows = ROUTERS[c.router_loss].rule, read_results(folder).get('rows')
         found = picked(rows).get((o.checkpoint, c.router_loss, usual)) if rows else None
-        tau = o.tau if o.tau is not None else found['tau'] if found else 0.1
-        model.set_rule(c.rule or usual, tau, FLOOR)
+        tau = found['tau'] if found else 0.1
+        model.set_rule(c.rule or usual, tau if o.tau is None else o.tau, FLOOR)
     options.batch_size, options.eval_batches = (8, 8) if c.causal else (32, 64)
     held_out = o.train.held_out(o.train.open_corpus(options, folder), options, 'cpu')
     some = [inputs for inputs, _ in held_out[len(held_out) // 8::max(1, len(held_out) // 4)]][:4]
