@@ -1387,9 +1387,9 @@ def engine_rows(name, found, tasks, causal):
             n = NEW if task == 'decode' else sum(
                 x['idx'].numel() if causal else len(x['idx']) for x in texts)
             # a GPT's loss takes the logits of all tokens: it is that of the same weights
-            quality = [a['quality'].get(only and not causal) for j, a in found.items()
-                       if j[:3] == job[:3] and (only and not causal) in a['quality']]
-            t = statistics.median(seconds)
+            way, t = only and not causal, statistics.median(seconds)
+            quality = [a['quality'][way] for j, a in found.items()
+                       if j[:3] == job[:3] and way in a['quality']]
             rows.append(dict(
                 suite='engines', model=name, engine=job.engine.split()[0],
                 variant=job.variant.split(',')[0], dtype=job.dtype, batch=batch, task=task,
@@ -1648,7 +1648,6 @@ def options():
     return parser
 
 def run(o, shape=Shape()):
-    """Run one suite."""
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if o.impl == 'cpp' and not kernel.have_cpp():
