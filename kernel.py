@@ -191,7 +191,7 @@ def fastest_linear(rows, shape, contiguous, dtype):
     randn = functools.partial(torch.randn, generator=torch.Generator())
     weight = randn(shape if contiguous else shape[::-1]).to(dtype)
     weight = weight if contiguous else weight.T
-    x, best = randn(max(1, 1 << rows - 1), shape[1]).to(dtype), {}
+    x, best = randn(1 << rows - 1, shape[1]).to(dtype), {}
     jobs = (F.linear, onednn, in_fp32) if dtype.itemsize == 2 else (F.linear, onednn)
     # In turn; the first round warms up.
     for f in jobs * 4:
@@ -692,17 +692,13 @@ class Int8:
     numbers -127 .. 127. For the C++ kernel they lie in blocks of 8 x 8, plus 128; see there."""
     w: torch.Tensor                    # (N, K) int8, or blocks (N / 8, K / 8, 64) uint8
     scale: torch.Tensor                # (N), with blocks padded to whole ones, as is bias
-    bias: Optional[torch.Tensor]       # (N), of a w_out (K)
+    bias: torch.Tensor                 # (N), of a w_out (K)
     N: int
     K: int
     by_column: bool                    # a w_out, which is multiplied from the left: h @ w
 
     def __len__(self):
         return self.N
-
-    @property
-    def shape(self):
-        return self.N, self.K
 
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
@@ -735,8 +731,7 @@ def int8_linear(x, m):
         library().linear8(packed(*c_matrix(m)), packed(flat, None, y, len(y), n_threads()))
         return y.view(*x.shape[:-1], m.N)
     q, scale = whole_numbers(x.float()) if x.is_cpu else (x, 1)
-    y = F.linear(q, m.w.to(q.dtype)) * (scale * m.scale)
-    return y if m.bias is None else y + m.bias
+    return F.linear(q, m.w.to(q.dtype)) * (scale * m.scale) + m.bias
 
 def int8_experts(x, mask, bundle, rho=None):
     """`experts` by whole numbers: h, times the scales of w_out, is quantised token by token."""
@@ -751,8 +746,7 @@ def int8_experts(x, mask, bundle, rho=None):
         return y[:, :x.shape[1]].to(x.dtype)
     a = masked(ACTIVATIONS[act](int8_linear(x, w_in)), mask, bundle.offsets) * w_out.scale
     q, scale = whole_numbers(a)
-    y = q @ w_out.w.float() * scale
-    return (y if w_out.bias is None else y + w_out.bias).to(x.dtype)
+    return (q @ w_out.w.float() * scale + w_out.bias).to(x.dtype)
 
 ones = functools.cache(torch.ones)
 
@@ -784,11 +778,10 @@ def int8_layer(projections, mlps, norms):
 
 def c_attention(q, k, v, y, layout, cache=None, only=False):
     """q, k, v (T, heads, d), rows equally far apart; y: of the result."""
-    past, size = (cache.n, cache.size) if cache is not None else (0, layout.L)
-    assert past + layout.L <= size, f'the cache has room for {size} tokens'
-    old = (cache.k, cache.v) if cache is not None else (None, None)
-    return (q, k, v, y, layout.starts, *old, layout.B, *k.shape[1:], k.stride(0), layout.L, past,
-            size, layout.causal, only, n_threads())
+    cache = cache or LayerCache(layout.L)
+    assert cache.n + layout.L <= cache.size, f'the cache has room for {cache.size} tokens'
+    return (q, k, v, y, layout.starts, cache.k, cache.v, layout.B, *k.shape[1:], k.stride(0),
+            layout.L, cache.n, cache.size, layout.causal, only, n_threads())
 
 def cpp_attention(q, k, v, layout, cache=None, only=False):
     """`attention` on a CPU, computed in fp32."""
@@ -813,10 +806,10 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
     and shift of router.Halting: tokens leave early; `masks` receives also what entered each block,
     its `alive`."""
     (T, D), layers, chosen = x.shape, [], []
-    out, starts, alive = x, layout.starts, None
+    out, alive = x, None
     if halting is not None:
-        out, starts = x.new_zeros(layout.B if only else T, D), starts.clone()
-        layout, alive = layout._replace(starts=starts), torch.zeros(len(blocks), 3).double()
+        out, alive = x.new_zeros(layout.B if only else T, D), torch.zeros(len(blocks), 3).double()
+        layout = layout._replace(starts=layout.starts.clone())
     qkv, y = x.new_empty(T, 3, n_head, D // n_head), x.new_empty(T, D)
     attention = c_attention(*qkv.unbind(1), y, layout, cache[0] if cache else None, only)
     wanted = masks is not None
@@ -834,8 +827,7 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
                for j, E in enumerate(numbers)]
         chosen += [(i, j, own[j]) for j, E in enumerate(numbers) if E is not None]
         layers.append(layer + packed(k, v, *own))
-    model = packed(x, qkv, *attention, len(layers), T, pre_ln, only, float(eps), halting, out,
-                   starts, alive)
+    model = packed(x, qkv, *attention, len(layers), T, pre_ln, float(eps), halting, out, alive)
     library().encode(b''.join(layers), model)
     if halting is not None and wanted:
         here = [tuple(n) for n in alive.tolist() if n[0]]
@@ -850,12 +842,12 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
 # What `experts` chooses from, each (x, mask, bundle, rho) -> y, and the op that a compiler sees.
 IMPLS = dict(triton=triton_experts, cpp=cpp_experts, torch=expert_loop, dense=dense_masked)
 
-def experts_flat(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor,
-                 b_in: Optional[torch.Tensor], w_out: torch.Tensor, b_out: Optional[torch.Tensor],
-                 offsets: torch.Tensor, act: str, impl: str, rho: Optional[float]) -> torch.Tensor:
+@torch.library.custom_op('d2dmoe::experts', mutates_args=())
+def experts_op(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor,
+               b_in: Optional[torch.Tensor], w_out: torch.Tensor, b_out: Optional[torch.Tensor],
+               offsets: torch.Tensor, act: str, impl: str, rho: Optional[float]) -> torch.Tensor:
     return IMPLS[impl](x, mask, Experts(w_in, b_in, w_out, b_out, offsets, act), rho)
 
-experts_op = torch.library.custom_op('d2dmoe::experts', experts_flat, mutates_args=())
 experts_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 CPP = r'''
@@ -1252,7 +1244,7 @@ template <int NQ> static void ask(const Head& h, i64 i, i64 seen, bool causal, R
 // only the first token (causal: the last) asks. The cache (B, heads, size, d), old_k and old_v,
 // holds `past` tokens of each sequence.
 struct Attention {
-    const float *q, *k, *v; float* y; const int* starts; float *old_k, *old_v;
+    const float *q, *k, *v; float* y; int* starts; float *old_k, *old_v;
     i64 B, heads, d, stride, longest, past, size, causal, only, threads;
     i64 head_row(i64 b) const { return causal ? starts[b + 1] - 1 : starts[b]; }
 };
@@ -1313,7 +1305,7 @@ extern "C" void attention(const Attention* a) {
 //   sparse:   one token along the blocks in which h is not zero: an FFN's output, after routing
 //             and ReLU.
 //   encode:   a whole model. Few tokens: threads share out the rows of each matrix and wait for
-//             one another six times a layer, or more. Many: they share out blocks of tokens, and
+//             one another five times a layer, or more. Many: they share out blocks of tokens, and
 //             wait around attention only.
 typedef uint8_t u8;
 typedef uint64_t u64;
@@ -1325,10 +1317,9 @@ typedef float v8u __attribute__((vector_size(32), aligned(4), may_alias));
 // COLUMNS of a block are multiplied at a time, and lie together: (8 / COLUMNS, 8 rows, COLUMNS).
 // Whole: of x; Narrow: COLUMNS of x, for each row; Wide: of a block; Sum: of a panel;
 // TOKENS x PANELS sums fill the registers, as do LONG panels of one token; 64 blocks of SHORT
-// panels fit into the L1 cache; SURPLUS: of a weight; FULL: percent of blocks wanted from which a
-// dense product, which shares what it loads, is faster (measured with VNNI)
+// panels fit into the L1 cache; SURPLUS: of a weight
 #if defined(__AVX512VNNI__)
-enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SHORT = 6, SURPLUS = 128, FULL = 60 };
+enum { COLUMNS = 8, TOKENS = 6, PANELS = 4, LONG = 24, SHORT = 6, SURPLUS = 128 };
 typedef s8 Whole;
 typedef __m512i Narrow, Wide, Sum;
 static inline Narrow narrow(const s8* x) {
@@ -1344,7 +1335,7 @@ static inline v8i total(const Sum& s) {
     return (v8i)_mm512_cvtepi64_epi32(_mm512_add_epi32(s, _mm512_srli_epi64(s, 32)));
 }
 #elif defined(__AVX2__)
-enum { TOKENS = 3, PANELS = 3, LONG = 12, SHORT = 6, SURPLUS = 128, FULL = 60 };
+enum { TOKENS = 3, PANELS = 3, LONG = 12, SHORT = 6, SURPLUS = 128 };
 typedef __m256i Narrow, Wide, Sum;
 #if defined(__AVXVNNI__)
 enum { COLUMNS = 4 };
@@ -1370,7 +1361,7 @@ static inline Narrow narrow(const Whole* x) {
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
-enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SHORT = 6, SURPLUS = 0, FULL = 60 };
+enum { COLUMNS = 4, TOKENS = 3, PANELS = 3, LONG = 8, SHORT = 6, SURPLUS = 0 };
 typedef s8 Whole;
 typedef int8x16_t Narrow;
 struct Wide { int8x16_t v[2]; };
@@ -1388,7 +1379,7 @@ static inline Sum add(Sum s, Wide w, Narrow x) {
     return s;
 }
 #else
-enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SHORT = 3, SURPLUS = 128, FULL = 60 };
+enum { COLUMNS = 8, TOKENS = 3, PANELS = 3, LONG = 3, SHORT = 3, SURPLUS = 128 };
 typedef s8 Whole;
 typedef const s8* Narrow;
 typedef const u8* Wide;
@@ -1457,7 +1448,7 @@ struct Rows {  // n rows of K numbers, quantised
 };
 // Where a product goes: out[row] = or += x[row] @ panels of m + bias, of which ReLU, times fold,
 // where there is one
-struct Out { float* p; i64 stride; bool plus; const float* fold = nullptr; };
+struct Out { float* p; i64 stride; bool plus = false; const float* fold = nullptr; };
 
 // sum += block i of each row of x times those at w, of NP panels
 template <int NT, int NP>
@@ -1570,7 +1561,6 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     // h @ w_out, the part's share of the columns
     void output(const Ffn& f, i64 n, const float* unit, Out out, i64 part, i64 parts) {
         const i64 H = f.in.N, words = pieces(H / 8, 64), P = f.out.panels();
-        const i64 p0 = P * part / parts, p1 = P * (part + 1) / parts;
         i64 filled = 0;
         std::fill_n(live.begin(), n * words, 0);
         for (i64 t = 0; t < n; t++) {
@@ -1587,11 +1577,13 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
             });
             most[t] = all;
         }
-        const bool packed = H && filled * 8 * 100 <= FULL * n * H;
+        // From 60 % of the blocks on a dense product, which shares what it loads, is faster (VNNI)
+        const bool packed = H && filled * 8 * 100 <= 60 * n * H;
         h.K = H;
         for (i64 t = 0; t < n; t++)
             h.set(t, unit + t * H, most[t], live.data() + t * words, packed);
-        if (!packed) product(f.out, h, x.ids.data(), n, p0, p1, out);
+        const i64 p0 = P * part / parts, p1 = P * (part + 1) / parts;
+        if (!packed) product(f.out, h, n, part, parts, out);
         else if (n > FEW) sparse<SHORT>(f.out, n, p0, p1, out);
         else sparse<LONG>(f.out, n, p0, p1, out);
     }
@@ -1623,28 +1615,32 @@ struct Worker {  // one thread's room for n tokens: x and h quantised, and what 
     }
     template <class F> void each_expert(const Ffn& f, i64 t, F call) {
         for (i64 e0 = 0; e0 < f.E; e0 += 8) {
-            uint64_t chosen = 0;  // bytes 0 or 1
+            u64 chosen = 0;  // bytes 0 or 1
             memcpy(&chosen, &mask[t * f.E + e0], std::min<i64>(8, f.E - e0));
             for (; chosen; chosen &= chosen - 1) call(e0 + __builtin_ctzll(chosen) / 8);
         }
     }
 };
 
-// All T tokens through some stages, each called as stage(t0, n, part, parts): a block of tokens by
-// one thread, or few tokens by all of them, each its part of the columns.
 static i64 block_size(i64 T, i64 threads, i64 weights) {
     // A block reads all the weights: the larger they are, from further away. As many blocks for
     // each thread.
     const i64 limit = weights > 2 << 20 ? 256 : 64;
     return T <= FEW ? FEW : pieces(T, round_up(pieces(T, limit), threads));
 }
-static void wait() {
+static void wait(i64 parts) {  // for who has the other parts
+    if (parts == 1) return;
     #pragma omp barrier
 }
-template <class... Stages> static void run_stages(i64 T, i64 block, Stages... stages) {
-    if (T <= FEW) return ((stages(0, T, omp_get_thread_num(), omp_get_num_threads()), wait()), ...);
+// f(t0, n, part, parts) for all T tokens: a block of tokens by one thread, or few tokens by all of
+// them, each its part of the columns.
+template <class F> static void in_blocks(i64 T, i64 block, F f) {
+    if (T <= FEW) {
+        f(0, T, omp_get_thread_num(), omp_get_num_threads());
+        return wait(omp_get_num_threads());
+    }
     #pragma omp for schedule(dynamic)
-    for (i64 t0 = 0; t0 < T; t0 += block) (stages(t0, std::min(block, T - t0), 0, 1), ...);
+    for (i64 t0 = 0; t0 < T; t0 += block) f(t0, std::min(block, T - t0), 0, 1);
 }
 
 struct Call { const float* x; const u8* mask; float* y; i64 T, threads; };
@@ -1654,9 +1650,9 @@ extern "C" void linear8(const Matrix* m, const Call* c) {
     #pragma omp parallel num_threads(c->threads)
     {
         Rows rows(block, m->K);
-        run_stages(c->T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+        in_blocks(c->T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
             for (i64 t = 0; t < n; t++) rows.set(t, c->x + (t0 + t) * m->K);
-            product(*m, rows, n, part, parts, {c->y + t0 * m->N, m->N, false});
+            product(*m, rows, n, part, parts, {c->y + t0 * m->N, m->N});
         });
     }
 }
@@ -1670,11 +1666,11 @@ extern "C" void experts8(const Ffn* f, const Call* c) {
         Worker my(block, D, H, E);
         Buffer own(T <= FEW ? 0 : block * H);
         float* unit = T <= FEW ? shared : own;
-        run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+        in_blocks(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
             for (i64 t = 0; t < n; t++) my.x.set(t, c->x + (t0 + t) * D);
             std::copy_n(c->mask + t0 * E, n * E, my.mask.begin());
             my.hidden(*f, n, unit, part, parts);
-        }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+            wait(parts);
             my.output(*f, n, unit, {c->y + t0 * D, D, true}, part, parts);
         });
     }
@@ -1694,8 +1690,8 @@ struct Layer {                   // a projection is one of dense, or of mlps, th
     float *k, *v; u8* masks[5];  // cache; room for the (T, E) that were chosen; or null
 };
 struct Model {
-    float *x, *qkv; Attention a; i64 n_layer, T, pre_ln, only; double eps;
-    const float* halting; float* out; int* starts; double* alive;  // if tokens halt; a.starts again
+    float *x, *qkv; Attention a; i64 n_layer, T, pre_ln; double eps;
+    const float* halting; float* out; double* alive;  // if tokens halt, which also changes a.starts
 };
 // router.Halting: tokens leave that were read enough, or with `only` whose first was. Who stays
 // moves up; out, a row for each token (`only`: each sequence) there was, is the weighted sum.
@@ -1711,13 +1707,16 @@ struct Halting {
         double* n = m.alive + 3 * layer;
         n[0] = T, n[1] = B;
         for (i64 b = 0; b < B; b++) {
-            const double length = m.starts[b + 1] - m.starts[b];
+            const double length = m.a.starts[b + 1] - m.a.starts[b];
             n[2] += length * length;
         }
     }
     void only_heads() {            // they alone are left of the last block
-        for (i64 b = 0; b < B; b++) total[b] = total[m.a.head_row(b)];
-        for (i64 b = 0; b < B; b++) m.starts[b + 1] = b + 1;
+        for (i64 b = 0; b < B; b++) {
+            memmove(m.x + b * D, m.x + m.a.head_row(b) * D, D * 4);
+            total[b] = total[m.a.head_row(b)];
+        }
+        for (i64 b = 0; b < B && m.halting; b++) m.a.starts[b + 1] = b + 1;
     }
     void leave(i64 layer) {
         const bool last = layer == m.n_layer - 1;
@@ -1725,21 +1724,21 @@ struct Halting {
         for (i64 b = 0; b < B; b++) {
             const i64 first = end, before = n;
             bool gone = false;
-            end = m.starts[b + 1];
+            end = m.a.starts[b + 1];
             for (i64 t = first; t < end; t++) {
                 float* x = m.x + t * D;
                 const float h = 1 / (1 + expf(m.halting[1] - m.halting[0] * x[0]));
                 const float missing = 1 - total[t];
                 const bool ends = last || h >= missing - 0.01f, head = t == first;
                 const float weight = ends ? missing : h;
-                float* y = m.out + (m.only ? text[b] : token[t]) * D;
-                for (i64 i = 0; i < D && (head || !m.only); i++) y[i] += weight * x[i];
-                gone |= m.only && head && ends;
+                float* y = m.out + (m.a.only ? text[b] : token[t]) * D;
+                for (i64 i = 0; i < D && (head || !m.a.only); i++) y[i] += weight * x[i];
+                gone |= m.a.only && head && ends;
                 if (ends || gone) continue;
                 memmove(m.x + n * D, x, D * 4);
                 total[n] = total[t] + weight, token[n++] = token[t];
             }
-            if (n > before) text[left] = text[b], m.starts[++left] = n;
+            if (n > before) text[left] = text[b], m.a.starts[++left] = n;
         }
         T = n, B = left;
         if (T) count(layer + 1);
@@ -1779,15 +1778,15 @@ struct Pass {  // one thread's way through a layer
         for (int j = Q; j <= V; j++) if (l->dense[j].w) {
             const i64 P = l->dense[j].panels(), q = a.only && j == Q ? D / 8 : 0;
             const i64 from = P * part / parts, to = P * (part + 1) / parts;
-            const Out out{m.qkv + (t0 * 3 + j) * D, 3 * D, false};
+            const Out out{m.qkv + (t0 * 3 + j) * D, 3 * D};
             product(l->dense[j], my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q),
                     out);
             product(l->dense[j], my.x, my.rows.data(), some, std::min(from, q), std::min(to, q),
                     out);
         }
         for (int j = Q; j <= V; j++) if (l->mlps[j].ffn.offsets)
-            mlp(j, t0, n, parts > 1 ? h + j * n * H : h, {m.qkv + (t0 * 3 + j) * D, 3 * D, false},
-                part, parts, j == Q && a.only ? &a : nullptr);
+            mlp(j, t0, n, parts > 1 ? h + j * n * H : h, {m.qkv + (t0 * 3 + j) * D, 3 * D}, part,
+                parts, j == Q && a.only ? &a : nullptr);
     }
     // x += attention's output projection
     void project(i64 t0, i64 n, float* h, i64 part, i64 parts) {
@@ -1801,30 +1800,30 @@ struct Pass {  // one thread's way through a layer
              const Attention* only = nullptr) {
         choose(j, t0, n, part, only);
         my.hidden(l->mlps[j].ffn, n, h, part, parts);
-        if (parts > 1) wait();
+        wait(parts);
         my.output(l->mlps[j].ffn, n, h, out, part, parts);
     }
     // Which experts each token in my.x runs; with `only` none but the heads' tokens
     void choose(int j, i64 t0, i64 n, i64 part, const Attention* only = nullptr) {
         const Branch& b = l->mlps[j];
-        const i64 W = b.r1.N, R = b.r2.N, E = b.ffn.E;
+        const i64 W = b.r1.N, E = b.ffn.E;
         std::fill_n(my.mask.begin(), n * E, 1);
         if (b.r1.w && !b.again) {
-            product(b.r1, my.x, n, 0, 1, {router, W, false});
+            product(b.r1, my.x, n, 0, 1, {router, W});
             for (i64 i = 0; i < n * W; i++) router[i] = router[i] < 0 ? 0 : router[i];
             r.K = W;
             for (i64 t = 0; t < n; t++) r.set(t, router + t * W);
         }
-        if (b.r1.w) product(b.r2, r, n, 0, 1, {score, R, false});
+        if (b.r1.w) product(b.r2, r, n, 0, 1, {score, E});
         for (i64 t = 0; t < n && b.r1.w; t++) {
-            float *__restrict s = score + t * R, most = 0;
-            u8* __restrict run = &my.mask[t * R];
-            for (i64 e = 0; e < R && b.dynk; e++) {
+            float *__restrict s = score + t * E, most = 0;
+            u8* __restrict run = &my.mask[t * E];
+            for (i64 e = 0; e < E && b.dynk; e++) {
                 s[e] = fabsf(s[e]);
                 most = s[e] > most ? s[e] : most;
             }
             const float tau = b.tau, floor = b.floor, least = b.dynk ? tau * most : tau;
-            for (i64 e = 0; e < R; e++) run[e] = (s[e] >= least) & (s[e] > floor);
+            for (i64 e = 0; e < E; e++) run[e] = (s[e] >= least) & (s[e] > floor);
         }
         u8* shown = part ? nullptr : l->masks[j];
         if (!only && shown) memcpy(shown + t0 * E, my.mask.data(), n * E);
@@ -1853,47 +1852,43 @@ extern "C" void encode(const Layer* layers, const Model* model) {
     {
         Room room(m.a.past + m.a.longest, m.a.d);
         Buffer own(most * H);
-        Pass my(m, std::max<i64>(most, FEW), H, W, E);  // which `only` may leave
+        Pass pass(m, std::max<i64>(most, FEW), H, W, E);  // which `only` may leave
         i64 T = m.T;
         for (i64 i = 0; i < m.n_layer && T; i++) {
             const Layer& l = layers[i];
             const i64 block = std::min(most, block_size(T, m.a.threads, 2 * D * H));
             Attention a = m.a;
-            a.old_k = l.k, a.old_v = l.v, a.only = m.only && i == m.n_layer - 1, a.B = here.B;
-            my.l = &l;
-            run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.qkv(t0, n, T <= FEW ? shared : own, part, parts, a);
+            a.old_k = l.k, a.old_v = l.v, a.only = m.a.only && i == m.n_layer - 1, a.B = here.B;
+            pass.l = &l;
+            in_blocks(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                pass.qkv(t0, n, T <= FEW ? shared : own, part, parts, a);
             });
             #pragma omp for schedule(dynamic)
             for (i64 item = 0; item < a.B * a.heads; item++) attend(a, item, room);
             if (a.only) {
                 #pragma omp single
-                {
-                    for (i64 b = 0; b < a.B; b++)
-                        memmove(m.x + b * D, m.x + a.head_row(b) * D, D * 4);
-                    if (m.halting) here.only_heads();
-                }
+                here.only_heads();
                 T = a.B;
             }
-            float* h = T <= FEW ? shared : own;
-            run_stages(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                my.project(t0, n, h, part, parts);
-            }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+            in_blocks(T, block, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                float *x = m.x + t0 * D, *normed = pass.normed, *h = T <= FEW ? shared : own;
+                pass.project(t0, n, h, part, parts);
+                wait(parts);
                 for (i64 t = 0; t < n; t++) {
-                    my.norm(my.normed + t * D, m.x + (t0 + t) * D, !m.pre_ln);
-                    my.my.x.set(t, my.normed + t * D);
+                    pass.norm(normed + t * D, x + t * D, !m.pre_ln);
+                    pass.my.x.set(t, normed + t * D);
                 }
-                my.choose(FFN, t0, n, part);
-                my.my.hidden(l.mlps[FFN].ffn, n, h, part, parts);
-            }, [&](i64 t0, i64 n, i64 part, i64 parts) {
+                pass.choose(FFN, t0, n, part);
+                pass.my.hidden(l.mlps[FFN].ffn, n, h, part, parts);
+                wait(parts);
                 // x (post-LN: what the FFN read) += the FFN
                 const i64 c0 = D / 8 * part / parts * 8, c1 = D / 8 * (part + 1) / parts * 8;
                 for (i64 t = 0; t < n && !m.pre_ln; t++)
-                    memcpy(m.x + (t0 + t) * D + c0, my.normed + t * D + c0, (c1 - c0) * 4);
-                my.my.output(l.mlps[FFN].ffn, n, h, {m.x + t0 * D, D, true}, part, parts);
-            }, [&](i64 t0, i64 n, i64 part, i64 parts) {
-                for (i64 t = t0 + part; t < t0 + n && !m.pre_ln; t += parts)
-                    my.norm(m.x + t * D, m.x + t * D, false);
+                    memcpy(x + t * D + c0, normed + t * D + c0, (c1 - c0) * 4);
+                pass.my.output(l.mlps[FFN].ffn, n, h, {x, D, true}, part, parts);
+                if (m.pre_ln) return;
+                wait(parts);
+                for (i64 t = part; t < n; t += parts) pass.norm(x + t * D, x + t * D, false);
             });
             if (!m.halting) continue;
             #pragma omp single
