@@ -4,6 +4,7 @@ T tokens · D n_embd · H hidden neurons · E experts · R router outputs
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import io
@@ -1740,26 +1741,31 @@ def test_bert_end_to_end(finished_bert):
     r, sizes = next(r for r in rows if r['rule'] == 'dynk'), [len(mlp.w_in) for mlp in model.mlps()]
     assert r['experts'] == pytest.approx(np.average(r['experts_per_layer'], weights=sizes))
 
+terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
+
+@contextlib.contextmanager
+def stopping(at, stop=terminate):
+    """Whatever learns in here is stopped in this step."""
+    def get_batch(*args):
+        if args[3] == at:
+            stop()
+        return real(*args)
+    real = train.get_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'get_batch', get_batch)
+        yield
+
 @pytest.mark.parametrize('phase, file', [
     ('base', 'base.pt'), ('dense', 'dense.pt'), ('attn', 'attn.pt'), ('sparsify', 'sparse.pt'),
     ('router', 'd2dmoe.pt'), ('adapt', 'adapted.pt')])
-@pytest.mark.parametrize('at', [0, 3])
-def test_resumed_is_uninterrupted(finished_bert, phase, file, at, tmp_path, monkeypatch, capsys):
+# killed before the first step was saved, or asked to stop in the third
+@pytest.mark.parametrize('at, stop', [(0, lambda: 1 / 0), (3, terminate)])
+def test_resumed_is_uninterrupted(finished_bert, phase, file, at, stop, tmp_path, capsys):
     out = shutil.copytree(finished_bert[0], tmp_path / 'copy')
     os.remove(out / file)
-    seen, get_batch = [], train.get_batch
     # nothing was made from it that would still say so
     asked = ['--expert_price=0.3', '--adapt_steps=8'] if phase == 'adapt' else []
-
-    def interrupt(*args):
-        seen.append(1)
-        if not at:                          # killed before the first step was saved
-            raise ZeroDivisionError
-        if len(seen) == at:
-            signal.raise_signal(signal.SIGTERM)
-        return get_batch(*args)
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
-        patch.setattr(train, 'get_batch', interrupt)
+    with stopping(max(0, at - 1), stop), pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
         run(f'--phase={phase}', *asked, out=out)
     assert M.read_checkpoint(out / file)['step'] == at
     run(f'--phase={phase}', out=out)
@@ -1815,14 +1821,8 @@ def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
     with pytest.raises(SystemExit, match='143'):
         train.guarded(stopped)
 
-def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path, monkeypatch, capsys):
-    def kill(corpus, o, device, step, *args):
-        if step == 11:
-            signal.raise_signal(signal.SIGTERM)
-        return get_batch(corpus, o, device, step, *args)
-    get_batch = train.get_batch
-    monkeypatch.setattr(train, 'get_batch', kill)
-    with pytest.raises(KeyboardInterrupt, match='base is done') as found:
+def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path):
+    with stopping(11), pytest.raises(KeyboardInterrupt, match='base is done') as found:
         run(*TINY, f'--data={text}', out=tmp_path)
     assert found.value.args[1] == 143 and not (tmp_path / 'dense.pt').exists()
     # and a folder goes on with what its preset says
@@ -1951,10 +1951,7 @@ def test_a_new_phase_router_and_split(spoiled, monkeypatch, capsys):
     monkeypatch.setitem(moefy.SPLITS, 'halves', halves)
     train.print_help()
     assert '--shrink_steps' in (said := capsys.readouterr().out) and 'a word about it' in said
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop = lambda *args: signal.raise_signal(signal.SIGTERM) or kept(*args)
-        kept = Shrink.loss
-        patch.setattr(Shrink, 'loss', stop)
+    with stopping(0), pytest.raises(KeyboardInterrupt):
         run('--phase=shrink', '--pull=0.1', out=spoiled)
     assert M.read_checkpoint(spoiled / 'shrunk.pt')['step'] == 1
     run('--phase=shrink', out=spoiled)
