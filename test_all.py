@@ -1831,46 +1831,38 @@ def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path):
     typed = dict(preset=M.read_checkpoint(tmp_path / 'hour/base.pt')['preset'])
     assert train.with_defaults(typed).router_width == 96
 
-# each phase again, with half of the batch, sharded or not; or until one of the two fails; or what
-# is left of the first
-AS_RANKS = f'''
-import os, sys
-sys.path.insert(0, {HERE!r})
-import kernel, train
-train.has_bf16 = lambda device: False
-how, *folders = sys.argv[1:]
+def as_rank(how, *folders):
+    """One of two: each phase again, with half of the batch, sharded or not; or until this one
+    fails; or what is left of the first."""
+    def again(folder, path, data):
+        own = {*train.own_options(data['phase']), 'seed'}
+        own = {name: value for name, value in data['options'].items() if name in own}
+        own |= dict(out_dir=folder, phase=data['phase'], batch_size=2, overwrite=True)
+        kernel.wait_for_all()
+        if not kernel.ranks()[0]:
+            os.rename(path, path + '.one')
+        kernel.wait_for_all()
+        train.run(own | dict(fsdp=how != 'whole'))
+        if not kernel.ranks()[0]:
+            os.replace(path + '.one', path)
 
-def again(folder, path, data):
-    own = {{*train.own_options(data['phase']), 'seed'}}
-    own = {{name: value for name, value in data['options'].items() if name in own}}
-    own |= dict(out_dir=folder, phase=data['phase'], batch_size=2, overwrite=True)
-    kernel.wait_for_all()
-    if not kernel.ranks()[0]:
-        os.rename(path, path + '.one')
-    kernel.wait_for_all()
-    train.run(own | dict(fsdp=how != 'whole'))
-    if not kernel.ranks()[0]:
-        os.replace(path + '.one', path)
-
-def job():
-    get_batch, train.SAVE_EVERY = train.get_batch, 60 if how != 'failing' else 0
-    def failing(corpus, o, device, step, *args):
-        if how == 'failing' and step == 5 and kernel.ranks()[0] == 1:
+    def fail():
+        if how == 'failing' and kernel.ranks()[0] == 1:
             raise ArithmeticError('this rank is lost')
-        return get_batch(corpus, o, device, step, *args)
-    train.get_batch = failing
-    for folder in folders:
-        if how == 'rest':
-            return train.run(dict(out_dir=folder, phase='base', fsdp=True))
-        for path, data in train.siblings(folder).items():
-            again(folder, path, data)
 
-train.guarded(job)
-'''
+    def job():
+        for folder in folders:
+            if how == 'rest':
+                return train.run(dict(out_dir=folder, phase='base', fsdp=True))
+            for path, data in train.siblings(folder).items():
+                again(folder, path, data)
+
+    train.SAVE_EVERY = 60 if how != 'failing' else 0
+    with stopping(5, fail):
+        train.guarded(job)
 
 def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
-    folders, script = [tmp_path / x for x in ('gpt', 'bert', 'exits')], tmp_path / 'ranks.py'
-    script.write_text(AS_RANKS)
+    folders = [tmp_path / x for x in ('gpt', 'bert', 'exits')]
     more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
             '--masks_steps=20', '--attn_projections=qk', '--attn_steps=20', '--expert_price=0.1',
             '--adapt_steps=20', '--halting_steps=20', '--exits_steps=20']
@@ -1882,10 +1874,12 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
     shown = r'(\w+) +step 20/20 +loss ([\d.]+)'
     one = re.findall(shown, capsys.readouterr().out)
     assert {name for name, _ in one} == {*train.PHASES} - {'moefy'}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--no-python', sys.executable, '-c',
+               'import sys, test_all; test_all.as_rank(*sys.argv[1:])']
 
     def ranks(how, *asked):
-        done = subprocess.run([*command, script, how, *asked], capture_output=True, text=True,
+        done = subprocess.run([*command, how, *asked], capture_output=True, text=True, cwd=HERE,
                               timeout=200)
         two = re.findall(shown, done.stdout)
         assert [name for name, _ in two] == [name for name, _ in one[:len(two)]]
