@@ -1374,20 +1374,27 @@ def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
     assert q.flops(9, half)['router'] == m.flops(9, half)['router']
 
 # D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 40 wide or 32
-@pytest.mark.parametrize('config, rho, want', [
-    ({}, None, dict(attention=2 * 8 * 256, scores=2 * 4 * 16 * 9, mlp=2 * 4 * 16 * 40, router=0,
+@pytest.mark.parametrize('config, options, want', [
+    ({}, {}, dict(attention=2 * 8 * 256, scores=2 * 4 * 16 * 9, mlp=2 * 4 * 16 * 40, router=0,
                     head=2 * 16 * 50)),
-    ({}, [0.5, 0.25], dict(mlp=0.75 * 4 * 16 * 40, router=2 * 2 * 40 * (16 + 5))),
-    (dict(projections='qo'), [0.5, 0, 0.25] * 2, dict(
+    ({}, dict(rho=[0.5, 0.25]), dict(mlp=0.75 * 4 * 16 * 40, router=2 * 2 * 40 * (16 + 5))),
+    (dict(projections='qo'), dict(rho=[0.5, 0, 0.25] * 2), dict(
         attention=2 * (2 * 2 * 256 + 0.5 * 4 * 16 * 8), mlp=0.5 * 4 * 16 * 40,
         router=2 * 2 * (32 + 32 + 40) * (16 + 5))),
-    (MLM, None, dict(head=2 * 16 * 16 + 2 * 16 * 50)), (BERT, None, dict(head=0)),
-    (CLS, None, dict(head=(2 * 16 * 16 + 2 * 16 * 3) / 9))])
-def test_flops_by_hand(config, rho, want):
+    (MLM, {}, dict(head=2 * 16 * 16 + 2 * 16 * 50)), (BERT, {}, dict(head=0)),
+    (CLS, {}, dict(head=(2 * 16 * 16 + 2 * 16 * 3) / 9)),
+    # k and v of all, q and o of one token in nine
+    (CLS, dict(only=True), dict(attention=(4 + 2 + 2 / 9) * 2 * 256, scores=4 * 16 * 9 + 4 * 16,
+                                mlp=(1 + 1 / 9) * 4 * 16 * 40)),
+    # half of the tokens enter the last block, of a quarter of the texts
+    (CLS, dict(only=True, alive=[(1, 1, 1), (0.5, 0.25, 0.2)]), dict(
+        attention=(4 + 0.5 * 2 + 0.25 * 2 / 9) * 2 * 256, scores=4 * 16 * 9 + 0.5 * 4 * 16))])
+def test_flops_by_hand(config, options, want):
     m = routed(tiny(**config))
     m.add_routers('norm', 40)
-    got = m.flops(9, rho)
-    assert {part: got[part] for part in want} == want and got.pop('total') == sum(got.values())
+    got = m.flops(9, **options)
+    assert {part: got[part] for part in want} == pytest.approx(want, rel=1e-12)
+    assert got.pop('total') == sum(got.values())
 
 def test_routers_of_q_k_and_v_share_their_first_layer(tmp_path):
     m, idx = routed(tiny(projections='qkv'), kind='active').set_rule('threshold', 0.5), tokens(3, 9)
@@ -1412,17 +1419,6 @@ def test_routers_of_q_k_and_v_share_their_first_layer(tmp_path):
     assert not again.blocks[1].attn.first
     more = again.flops(9, half)['router'] - m.flops(9, half)['router']
     assert more == 2 * 2 * 8 * 16           # two first layers of 8 x 16
-
-def test_flops_of_a_classifier_that_asks_for_the_first_token_alone():
-    m, D = tiny(**CLS), 16
-    got = m.flops(9, only=True)             # k and v of all, q and o of one token in nine
-    assert got['attention'] == pytest.approx((4 + 2 + 2 / 9) * 2 * D * D)
-    assert got['scores'] == pytest.approx(4 * D * 9 + 4 * D)
-    assert got['mlp'] == pytest.approx((1 + 1 / 9) * 4 * D * 40)
-    # half of the tokens enter the last block, of a quarter of the texts
-    got = m.flops(9, alive=[(1, 1, 1), (0.5, 0.25, 0.2)], only=True)
-    assert got['attention'] == pytest.approx((4 + 0.5 * 2 + 0.25 * 2 / 9) * 2 * D * D)
-    assert got['scores'] == pytest.approx(4 * D * 9 + 0.5 * 4 * D)
 
 def test_strings():
     m, bert = tiny(vocab_size=256), tiny(vocab_size=257, **CLS)
