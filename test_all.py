@@ -138,15 +138,20 @@ def test_implementations(act, dtype, impl, poisoned):
     for rho in (0.5, 1.1):
         check_experts(f, *layer(1030, [3, 5], 4, rho, dtype, act=act))
 
+def by_threads():
+    """Three times, each by another number of threads."""
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        yield
+    torch.set_num_threads(1)
+
 @needs_compiler
 @pytest.mark.parametrize('T', [5, 300])
 def test_cpp_with_threads(T):
     x, mask, bundle = layer(T, [24] * 8 + [5], 72, act='gelu')
     want = kernel.cpp_experts(x, mask, bundle)
-    for n in (1, 2, 3):
-        torch.set_num_threads(n)
+    for _ in by_threads():
         assert torch.equal(want, kernel.cpp_experts(x, mask, bundle))
-    torch.set_num_threads(1)
 
 def whole(x):
     """(T, K) -> what int8 makes of it, in fp64: whole numbers and the scale of each row."""
@@ -208,13 +213,11 @@ def test_int8_experts(sizes, D, act, poisoned):
             assert ((y - want).abs() <= slack + 1e-5 * want.abs() + 1e-5).all()
         true = fp64(x, mask, b)
         assert T == 0 or (got - true).norm() <= 0.03 * true.norm()
-        # the same bits by any number of threads, alone or among others
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
+        # the same bits, alone or among others
+        for _ in by_threads():
             assert torch.equal(got, kernel.experts(x, mask, packed))
             many = kernel.experts(torch.cat([x] * 10), torch.cat([mask, *[~mask] * 9]), packed)
             assert torch.equal(got, many[:T])
-        torch.set_num_threads(1)
         x[1:2, 0], x[4:5], good = math.nan, math.inf, [t for t in range(T) if t not in (1, 4)]
         bad, runs = kernel.experts(x, mask, packed), mask.int() @ b.offsets.diff() > 0
         assert torch.equal(bad[good], got[good]) and torch.equal(bad[~runs], got[~runs])
@@ -1115,10 +1118,8 @@ def test_halting_against_one_text_at_a_time(projections, dtype):
             close(slow.encode(idx, keep, only=only, tap=(tap := M.Masks())), y)
             assert fused.alive == tap.alive
             assert all(torch.equal(a, b) for a, b in zip(fused, tap, strict=True))
-            for n in (2, 3):
-                torch.set_num_threads(n)
+            for _ in by_threads():
                 assert torch.equal(m.encode(idx, keep, only=only), y)
-            torch.set_num_threads(1)
         return
     close(got[keep], torch.cat(want))
     counts = [[(d > i).sum().item() for d in depth if d[0] > i] for i in range(len(few.alive))]
@@ -1348,14 +1349,12 @@ def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
         exact = m.encode(idx, keep)
         error, least = ((y - exact).norm() for y in (got, plain.encode(idx, keep)))
         assert error < max(0.2 * got.norm(), 1.02 * least) and least < 0.3 * got.norm()
-        # one token of each sequence: the very same bits, by any number of threads
+        # one token of each sequence: the very same bits
         rows = real.long().cumsum(1).argmax(1) if m.config.causal else real.long().argmax(1)
         heads = torch.arange(len(idx)), rows
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
+        for _ in by_threads():
             assert torch.equal(encode(idx, keep, tap=few, only=True), got[heads])
             assert torch.equal(encode(idx, keep), got)
-        torch.set_num_threads(1)
         close(m.encode(idx, keep, only=True), m.encode(idx, keep)[heads])
         for mask, t in zip(masks, tap, strict=True):
             assert mask is t['mask'] is None or (mask != t['mask']).float().mean() < 0.01
