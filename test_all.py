@@ -1750,13 +1750,12 @@ def stopping(at, stop=terminate):
         patch.setattr(train, 'get_batch', get_batch)
         yield
 
-@pytest.mark.parametrize('phase, file', [
-    ('base', 'base.pt'), ('dense', 'dense.pt'), ('attn', 'attn.pt'), ('sparsify', 'sparse.pt'),
-    ('router', 'd2dmoe.pt'), ('adapt', 'adapted.pt')])
+@pytest.mark.parametrize('phase', ['base', 'dense', 'attn', 'sparsify', 'router', 'adapt'])
 # killed before the first step was saved, or asked to stop in the third
 @pytest.mark.parametrize('at, stop', [(0, lambda: 1 / 0), (3, terminate)])
-def test_resumed_is_uninterrupted(finished_bert, phase, file, at, stop, tmp_path, capsys):
+def test_resumed_is_uninterrupted(finished_bert, phase, at, stop, tmp_path, capsys):
     out = shutil.copytree(finished_bert[0], tmp_path / 'copy')
+    file = f'{train.PHASES[phase].writes}.pt'
     os.remove(out / file)
     # nothing was made from it that would still say so
     asked = ['--expert_price=0.3', '--adapt_steps=8'] if phase == 'adapt' else []
@@ -2097,11 +2096,10 @@ def test_sparsify_keeps_its_rate_for_adapt(text, tmp_path, monkeypatch):
     # dense has as many steps as sparsify
     assert [*dict.fromkeys(ends)] == [(2, 0.1), (3, 0.1), (3, 1.0), (4, 0.1), (5, 0.1)]
 
-def test_sample_takes_what_is_adapted_once_it_is_finished(finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / 'o')
-    adapted, typed = tmp_path / 'o/adapted.pt', dict(out_dir=str(tmp_path / 'o'), phase='sample')
+def test_sample_takes_what_is_adapted_once_it_is_finished(spoiled):
+    adapted, typed = spoiled / 'adapted.pt', dict(out_dir=str(spoiled), phase='sample')
     assert train.chosen(typed, 'cpu')[0].endswith('/d2dmoe.pt')
-    run('--phase=adapt', '--expert_price=0.1', '--adapt_steps=1', out=tmp_path / 'o')
+    run('--phase=adapt', '--expert_price=0.1', '--adapt_steps=1', out=spoiled)
     assert train.chosen(typed, 'cpu')[0] == str(adapted)
     assert train.chosen(typed | dict(router_loss='norm'), 'cpu')[0].endswith('/d2dmoe.pt')
     data = torch.load(adapted, weights_only=True)
@@ -2355,7 +2353,6 @@ def test_files_that_say_anything(seed, finished, finished_bert, text, labelled, 
 
 @pytest.mark.parametrize('job, says', REFUSED)
 def test_refusals(job, says, tmp_path):
-    """What cannot work ends in one sentence."""
     if isinstance(job, str):
         return refused(says, *job.split(), out=tmp_path / 'out')
     refused(says, tmp_path, job=job)
