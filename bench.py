@@ -509,10 +509,11 @@ def report(rows, curve_rows, activity, folder):
     deployable = [r for r in choice.values() if r['speedup']]
     best = min(deployable, key=lambda r: r['flops'], default=None)
     if best:
+        loaded = repr(best['file']) + f', dtype={best["dtype"]!r}' * (best['dtype'] != 'fp32')
         print(f'\nat most 1 % worse on the half that picks ({rows[0]["metric"]} '
               f'{change(best, rows):+.2%} on the other): {best["rule"]} {setting(best)}, '
               f'{best["flops"]:.0%} of the FLOPs, {best["speedup"]:.2f} x as fast; to use it: '
-              f'load({best["file"]!r}).set_rule({best["rule"]!r}, {best["taus"] or best["tau"]})')
+              f'load({loaded}).set_rule({best["rule"]!r}, {best["taus"] or best["tau"]})')
 
 def print_parts(rows, activity):
     """Where the FLOPs that are left lie, at +0.5 % of loss or -1 % of accuracy; how many times the

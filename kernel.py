@@ -700,6 +700,10 @@ class Int8:
     def __len__(self):
         return self.N
 
+    @property
+    def shape(self):
+        return self.N, self.K
+
 def whole_numbers(x):
     """x (T, K) -> whole numbers as floats (T, K), scale (T, 1)."""
     scale = x.abs().amax(-1, keepdim=True) / 127

@@ -1370,7 +1370,7 @@ def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
             want = torch.cat([want, q(want)[:, -1:].argmax(-1)], 1)
         assert torch.equal(q.generate(want[:, :5], 7, temperature=0), want)
     half = [0.5] * len(m.mlps())
-    assert q.flops(9, half)['router'] == m.flops(9, half)['router']
+    assert q.flops(9, half) == m.flops(9, half)      # what fills blocks does not count
 
 # D 16, H 40, V 50, 2 layers, 9 tokens, 5 experts, routers 40 wide or 32
 @pytest.mark.parametrize('config, options, want', [
