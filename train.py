@@ -137,7 +137,7 @@ class Use:
     max_loss: float = 0.0                   # the same by the share of loss that may be added
     eval_batches: Annotated[int, '> 0'] = 32    # held out; every second one picks tau
     dtype: Literal['fp32', 'bf16', 'int8'] = 'fp32'     # eval ends with int8 in any case
-    prompt: str = '\n'
+    prompt: str = '\n'                      # to go on from; a newline
     n_tokens: int = 300                     # to sample; show_load shows the last block_size
     temperature: float = 0.8
     top_k: int = 50
@@ -237,11 +237,13 @@ def refuse(wrong, sentence):
     if wrong:
         raise BadInput(sentence)
 
+def asked(f):
+    """What the annotation of an option asks for: names to choose from, or a key of RANGES."""
+    return f.type.__metadata__[0] if hasattr(f.type, '__metadata__') else get_args(f.type)
+
 def cast(name, text, f):
     """The value that a typed text stands for, checked by the annotation of its field."""
-    kind = float if f.default is None else type(f.default)
-    # names to choose from, or a key of RANGES
-    asks = f.type.__metadata__[0] if hasattr(f.type, '__metadata__') else get_args(f.type)
+    kind, asks = float if f.default is None else type(f.default), asked(f)
     words = {'1': True, 'true': True, '0': False, 'false': False}
     try:
         value = words[text.lower()] if kind is bool else kind(text)
@@ -376,17 +378,19 @@ def least_flops(o):
     return least / whole
 
 def print_help():
-    print(__doc__)
-    usual = with_defaults({})
+    said, usual = [__doc__], with_defaults({})
     for section in (Command, *PHASES, Loop, Use):
         cls = PHASES.get(section, section)
         title = section if section in PHASES else ''
-        print(f'\n  {title} {cls.__doc__.splitlines()[0]}'.rstrip())
+        said.append(f'\n  {title} {cls.__doc__.splitlines()[0]}'.rstrip())
         lines = inspect.getsource(cls).splitlines()
         for option, f in own_options(section).items():
             line = next((x for x in lines if x.strip().startswith(f'{f.name}:')), '')
-            print(f'    --{option:<18} {getattr(usual, option)!s:<12} '
-                  f'{line.partition("# ")[2]}'.rstrip())
+            names = () if isinstance(asked(f), str) else filter(None, asked(f))
+            words = line.partition('# ')[2], f'({", ".join(names)})'.replace('()', '')
+            said.append(f'    --{option:<18} {str(getattr(usual, option)).strip():<12} '
+                        + ' '.join(filter(None, words)))
+    print('\n'.join(said))                  # at once: `| head` may close before the end
 
 # -------------------------------------------------------------------------------------- data
 
