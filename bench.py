@@ -1467,15 +1467,18 @@ METHODS = {
     ('ours', 'with halting, one schedule'): (
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
-    # the control of all that is adapted: no penalty, twice the steps
+    # the controls of all that is adapted, twice the steps: no penalty; the paper's method
     ('dense', 'longer'): ('dense', 'sparsify', '--sparsity_weight=0'),
+    ('d2dmoe', 'longer'): ('dense', 'sparsify moefy router', ''),
+    ('d2dmoe', 'projections, longer'): ('dense', 'attn sparsify moefy router',
+                                        '--attn_projections=qkvo'),
     ('exits', ''): ('dense', 'exits', '--exits=1'),
     ('halting', ''): ('dense', 'halting', '--halting=1'),
 } | {('d2dmoe', f'experts of {s}'): ('d2dmoe', 'moefy router', f'--expert_size={s}')
      for s in (4, 16, 32, 64, 128)}
 MAIN = {                                # three seeds
-    'dense': ('', 'longer'), 'd2dmoe': ('',), 'moefication': ('',), 'masks': ('',),
-    'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
+    'dense': ('', 'longer'), 'small': ('',), 'moefication': ('',), 'masks': ('',),
+    'd2dmoe': ('', 'longer', 'projections, longer'), 'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
                                'projections', 'one schedule', 'q and k, one schedule',
                                'projections, one schedule', 'with halting, one schedule')}
 
@@ -1507,7 +1510,7 @@ def run_method(train, method, seed, out_dir, typed):
     for phase, what in itertools.product(tuned, ('steps', 'lr')):
         if f'sparsify_{what}' in said:
             said.setdefault(f'{phase}_{what}', said[f'sparsify_{what}'])
-    if method == ('dense', 'longer'):
+    if method[1].endswith('longer'):
         said['sparsify_steps'] = 2 * train.with_defaults(said).sparsify_steps
     if method[0] == 'small':
         heads = said.get('n_head', 4)
