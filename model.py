@@ -98,12 +98,14 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd, n_hidden, act):
         super().__init__()
-        self.act, self.n_hidden = act, n_hidden
+        self.act = act
         self.w_in = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)
         self.b_in = nn.Parameter(torch.zeros(n_hidden))
         self.w_out = nn.Parameter(torch.randn(n_hidden, n_embd) * 0.02)
         self.b_out = nn.Parameter(torch.zeros(n_embd))
         self.register_buffer('offsets', torch.tensor([0, n_hidden], dtype=torch.int32))
+        # of int8's experts: offsets count what fills blocks of 8, too
+        self.register_buffer('sizes', None, persistent=False)
         self.router = None
 
     @property
@@ -136,16 +138,19 @@ class MLP(nn.Module):
             p = getattr(self, name)
             setattr(self, name, nn.Parameter(p[order], p.requires_grad))
         self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
-        self.n_hidden = len(order)
+
+    def neurons(self):                  # of every expert: (E,)
+        return (self.offsets.diff() if self.sizes is None else self.sizes).float()
 
     def share(self, mask):              # of the neurons that run: mask (T, E), None: all
-        size = self.offsets.diff().float() / len(self.w_in)
+        size = self.neurons() / self.neurons().sum().clamp(min=1)
         return 1.0 if mask is None else (mask.float().mean(0) @ size).item()
 
     def quantize(self):
         """Both matrices as Int8, every expert filled up to whole blocks with neurons that are 0,
-        which n_hidden does not count."""
-        sizes = self.offsets.diff().tolist()
+        which `sizes` does not count."""
+        self.sizes = self.offsets.diff()
+        sizes = self.sizes.tolist()
         w_in, b_in, w_out = (
             torch.cat([p[:0], *(pad_to_8(expert, 0) for expert in p.split(sizes))]).detach()
             for p in (self.w_in, self.b_in, self.w_out))
@@ -335,8 +340,8 @@ class Transformer(nn.Module):
         if rule not in ('', 'confidence') and not self.config.router_loss:
             raise ValueError(f'rule={rule} needs routers: this model has none yet')
         each, c = isinstance(tau, (list, tuple)), self.config
-        c.exit_tau = tau if rule == 'confidence' else 2.0
         if rule == 'confidence':        # experts go on as they did
+            c.exit_tau = tau
             return self
         taus = list(tau) if each else [tau] * len(self.mlps())
         if not all(isinstance(t, int | float) and t >= 0 for t in taus):
@@ -349,7 +354,7 @@ class Transformer(nn.Module):
             if mlp.router is not None:
                 mlp.router.rule, mlp.router.tau, mlp.router.floor = rule, own, floor
                 mlp.router.rho = None
-        c.rule, c.floor, c.taus = rule, floor, taus if each else []
+        c.rule, c.floor, c.taus, c.exit_tau = rule, floor, taus if each else [], 2.0
         c.tau = sum(taus) / len(taus) if each else tau
         FUSED.pop(self, None)
         return self
@@ -663,7 +668,7 @@ class Transformer(nn.Module):
                 if not isinstance(module, MLP):
                     out[part] += 2 * D * D * tokens
                     continue
-                out[part] += 4 * D * module.n_hidden * next(shares) * tokens
+                out[part] += 4 * D * module.neurons().sum().item() * next(shares) * tokens
                 if rho is not None and module.router is not None:
                     out['router'] += 2 * module.router.size * tokens
         if c.head == 'cls':             # once for a sequence
@@ -920,6 +925,8 @@ def load(where, n_classes=0, dtype='fp32'):
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)
             state.setdefault(f'{name}.bias', torch.zeros(n))
     return build(dict(config=config, model=state, data=data.get('data')), where).quantize(dtype)
+
+from_pretrained = load                  # transformers' name for it
 
 def peek(where):
     """(Config, what is known of the data) of what load(where) would read, without its weights."""

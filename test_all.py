@@ -1002,7 +1002,11 @@ def test_learned_masks_become_experts(chosen):
     close(m(idx), slow)
     sizes = [t['mask'].float() @ mlp.offsets.diff().float() for t, mlp in zip(tap, m.ffns())]
     assert torch.stack([s.mean() / 43 for s in sizes]).allclose(density, atol=1e-5)
-    assert copy.deepcopy(m).quantize('int8')(idx).isfinite().all()
+    again = M.build(dict(config=vars(m.config), model=m.state_dict()))
+    assert again.flops(9)['mlp'] == 4 * 16 * sum(len(mlp.w_in) for mlp in m.mlps())
+    q = again.quantize('int8')              # what fills blocks is no neuron
+    assert q(idx).isfinite().all() and q.flops(9) == m.flops(9)
+    assert all(a.share(t['mask']) == b.share(t['mask']) for a, b, t in zip(q.mlps(), m.mlps(), tap))
 
 def test_masks_reach_their_ratio():
     m, phase = tiny(), moefy.LearnMasks(n_masks=4, mask_ratio=0.4, mask_ramp=0.3)
@@ -1061,6 +1065,8 @@ def test_exits_and_experts_keep_rules_of_their_own(tmp_path):
     m = routed(tiny(**CLS)).set_rule('dynk', 0.1)
     m.add_exits()
     M.save(m.set_rule('confidence', 0.7), tmp_path / 'm.pt')
+    with pytest.raises(ValueError, match='not negative'):        # what is refused changes nothing
+        m.set_rule('threshold', -1)
     for c in (m.config, M.load(tmp_path / 'm.pt').config):
         assert (c.rule, c.tau, c.exit_tau) == ('dynk', 0.1, 0.7)
     assert {mlp.router.rule for mlp in M.load(tmp_path / 'm.pt').mlps()} == {'dynk'}
