@@ -537,7 +537,8 @@ def stdlib_paragraphs():
         if inside:
             text = open(path, encoding='utf-8', errors='replace').read()
             packages[package] += [(package, part) for part in text.split('\n\n') if part.strip()]
-    return sum(sorted(packages.values(), key=len)[-8:], [])
+    # a licence stands in many files: once, or the held-out ones have been learned
+    return list(dict.fromkeys(sum(sorted(packages.values(), key=len)[-8:], [])))
 
 def encode_labelled(o, texts, kind, about):
     """Tokens, ends and classes of both parts; every 10th line is held out without --val."""
