@@ -1478,9 +1478,9 @@ METHODS = {
      for s in (4, 16, 32, 64, 128)}
 MAIN = {                                # three seeds
     'dense': ('', 'longer'), 'small': ('',), 'moefication': ('',), 'masks': ('',),
-    'd2dmoe': ('', 'longer', 'projections, longer'), 'pruning': ('',), 'ours': ('', 'adapted', 'with halting', 'with halting, adapted',
-                               'projections', 'one schedule', 'q and k, one schedule',
-                               'projections, one schedule', 'with halting, one schedule')}
+    'd2dmoe': ('', 'longer', 'projections, longer'), 'pruning': ('',),
+    'ours': ('', 'adapted', 'with halting', 'with halting, adapted', 'projections', 'one schedule',
+             'q and k, one schedule', 'projections, one schedule', 'with halting, one schedule')}
 
 def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')

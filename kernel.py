@@ -145,6 +145,15 @@ def over_ranks(x, op='SUM'):
         dist.all_reduce(x, getattr(dist.ReduceOp, op))
     return x
 
+def over_tokens(mean, n):
+    """A mean over this rank's n tokens -> that over all ranks' tokens. Its gradient is this rank's
+    part times the number of ranks: what comes after takes the average."""
+    size = ranks()[1]
+    if size == 1:
+        return mean
+    mine = mean * (n * size / over_ranks(mean.new_tensor(float(n))))
+    return mine + (over_ranks(mine.detach().clone()) / size - mine.detach())
+
 def wait_for_all():
     if ranks()[1] > 1:
         dist.barrier()

@@ -590,7 +590,7 @@ class Transformer(nn.Module):
         inputs, targets = batch
         task = cross_entropy(self(**inputs, tap=tap), targets)
         pays = self.halting is not None and torch.is_grad_enabled()
-        return task + self.halting.cost(len(self.blocks)) if pays else task
+        return task + self.halting.cost(len(self.blocks), n_tokens(inputs)) if pays else task
 
     @torch.inference_mode()
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):

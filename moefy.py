@@ -51,8 +51,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import linear, shared_out
-from model import BadInput
+from kernel import linear, over_tokens, shared_out
+from model import BadInput, n_tokens
 from router import Router
 
 TOKENS = 8192                           # that tell which neurons fire together
@@ -303,6 +303,7 @@ class LearnMasks:
             return task, log
         ramp = min(1.0, progress / self.mask_ramp) if self.mask_ramp else 1.0
         density = torch.stack([r.density for r in routers]).mean()
+        density = over_tokens(density, n_tokens(batch[0]))
         over, log['experts'] = density - 1 + ramp * (1 - self.mask_ratio), density.detach()
         # the multipliers climb where everything else descends
         now = model.multipliers.detach()

@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import ACTIVATIONS, linear, neuron_mask, over_ranks, shared_out
+from kernel import ACTIVATIONS, linear, neuron_mask, over_ranks, over_tokens, shared_out
 
 # -------------------------------------------------------------------------------------- rules
 
@@ -340,15 +340,16 @@ class Halting(nn.Module):
     def forward(self, x):                   # (T, D) -> (T)
         return torch.sigmoid(self.gain * x[:, 0] - self.shift)
 
-    def cost(self, n_layer):
-        """Of the last batch: 5e-4 of what was missing at the end (the part of the ponder cost that
-        has a gradient), + 0.1 of the KL divergence of how the halting scores lie over depth from a
-        normal (sigma 1) around the wanted one (A-ViT)."""
+    def cost(self, n_layer, n):
+        """Of the last batch, n tokens: 5e-4 of what was missing at the end (the part of the ponder
+        cost that has a gradient), + 0.1 of the KL divergence of how the halting scores lie over
+        depth from a normal (sigma 1) around the wanted one (A-ViT)."""
         scores = F.pad(torch.stack(self.scores), (0, n_layer - len(self.scores)))
+        scores, missing = over_tokens(scores, n), over_tokens(self.missing, n)
         depth = torch.arange(1, n_layer + 1, device=scores.device)
         wanted = (-(depth - self.depth) ** 2 / 2).softmax(0)
         found = (scores / scores.sum()).clamp_min(1e-6)
-        return 5e-4 * self.missing + 0.1 * (found * (found / wanted).log()).sum()
+        return 5e-4 * missing + 0.1 * (found * (found / wanted).log()).sum()
 
 @dataclass
 class LearnHalting:
@@ -421,7 +422,7 @@ class Route:
         for t, mlp, g, norms in zip(tap, model.mlps(), self.grams, norms_of):
             router = mlp.router
             losses.append(router.net.loss(Seen(t['x'], t['a'], norms, router.scale, g)))
-        return torch.stack(losses).mean(), {}
+        return over_tokens(torch.stack(losses).mean(), len(tap[0]['x'])), {}
 
     @torch.no_grad()
     def report(self, model, batches):
@@ -490,6 +491,7 @@ class Adapt:
         # shares of all neurons: what is wanted, which has a gradient, and what runs
         wanted, run = (sum(t[key].float().mean(0) @ size for t, size in zip(tap, sizes)) / whole
                        for key in ('score', 'mask'))
+        wanted = over_tokens(wanted, len(tap[0]['x']))
         return task + self.expert_price * wanted, dict(task=task.detach(), experts=run.detach())
 
     def finish(self, model):

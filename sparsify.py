@@ -39,7 +39,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from kernel import over_ranks, ranks
+from kernel import over_ranks, over_tokens, ranks
 from model import MLP, BadInput, projection_width
 
 DELTA = -10.0
@@ -141,7 +141,8 @@ class Sparsify:
         log = dict(task=task.detach(), zeros=zeros(tap))
         ramp = min(1.0, progress / self.sparsity_ramp) if self.sparsity_ramp else 1.0
         alpha = self.sparsity_weight * ramp
-        return task + alpha * penalty(model, tap, self.sparsity_loss), log
+        cost = penalty(model, tap, self.sparsity_loss)
+        return task + alpha * over_tokens(cost, len(tap[0]['x'])), log
 
 # -------------------------------------------------------------------------------------- projections
 
@@ -209,7 +210,7 @@ class Distil:
         error = self.errors(batch, tap).mean()
         hoyer = torch.stack([sparsity('hoyer', t) for t in tap]).mean()
         log = dict(task=error.detach(), zeros=zeros(tap))
-        return error + PROJECTION_WEIGHT * progress * hoyer, log
+        return error + PROJECTION_WEIGHT * progress * over_tokens(hoyer, len(tap[0]['x'])), log
 
     @torch.no_grad()
     def report(self, model, batches):

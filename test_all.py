@@ -1844,6 +1844,9 @@ def as_rank(how, *folders):
         kernel.wait_for_all()
         train.run(own | dict(fsdp=how != 'whole'))
         if not kernel.ranks()[0]:
+            pairs = zip(*(M.read_checkpoint(p)['model'].values() for p in (path, path + '.one')))
+            print('apart', max([(1.0 * a - 1.0 * b).abs().max().item()
+                                for a, b in pairs if a.numel()]))
             os.replace(path + '.one', path)
 
     def fail():
@@ -1861,7 +1864,9 @@ def as_rank(how, *folders):
     with stopping(5, fail):
         train.guarded(job)
 
-def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
+def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
+    labelled = tmp_path / 'ragged.tsv'
+    labelled.write_text(''.join(f'{"ab"[i % 2]}\t{"word " * (1 + i * i % 13)}\n' for i in range(99)))
     folders = [tmp_path / x for x in ('gpt', 'bert', 'exits')]
     more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
             '--masks_steps=20', '--attn_projections=qk', '--attn_steps=20', '--expert_price=0.1',
@@ -1884,6 +1889,7 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
         two = re.findall(shown, done.stdout)
         assert [name for name, _ in two] == [name for name, _ in one[:len(two)]]
         assert all(abs(float(a) - float(b)) < 1.5e-4 for (_, a), (_, b) in zip(one, two))
+        assert all(float(x) < 1e-5 for x in re.findall(r'apart (\S+)', done.stdout)), done.stdout
         return done, len(two)
 
     for how, asked, n in (('whole', folders, len(one)), ('sharded', folders[:1], 9)):
