@@ -2255,6 +2255,18 @@ def uneven():
     m.ffns()[0].sort_neurons(range(8), [0, 8])
     return m
 
+def begun(spoil):
+    """Goes on with a base.pt that has been spoilt."""
+    def job(folder):
+        (folder / 'a.txt').write_text('some words ' * 999)
+        with stopping(3), pytest.raises(KeyboardInterrupt):
+            run(*BASE, f'--data={folder / "a.txt"}', out=folder)
+        data = torch.load(folder / 'base.pt', weights_only=True)
+        spoil(data)
+        torch.save(data, folder / 'base.pt')
+        run('--phase=base', out=folder)
+    return job
+
 # command lines, or what is done in an empty folder
 REFUSED = [
     ('--nlayer=2', 'did you mean --n_layer?'), ('n_layer=2', 'not of the form'),
@@ -2303,6 +2315,10 @@ REFUSED = [
     (published(GPT2, activation_function='silu'), 'activation_function=silu is not'),
     (published(GPT2, n_classes=2), 'no classification head'),
     (published(MASKED, is_decoder=True), 'is_decoder=True'),
+    (begun(lambda d: d['optimizer']['state'][0].update(exp_avg=torch.ones(1))), 'do not fit'),
+    (begun(lambda d: d['model'].update({'wpe.weight': torch.ones(3)})), 'base.pt: damaged'),
+    (begun(lambda d: d.update(step=-3)), 'no checkpoint of train.py'),
+    (begun(lambda d: d['model'].update(x=torch.ones(1).expand(1 << 40))), 'expanded'),
     (lambda folder: M.export(tiny(), HERE), 'not an empty folder'),
     (lambda folder: M.export(tiny().quantize('int8'), folder / 'x'), 'in int8 is for inference'),
     (lambda folder: M.save(tiny().quantize('bf16'), folder / 'm.pt'), 'in bf16 is for inference'),

@@ -65,7 +65,7 @@ import torch.nn as nn
 import bench
 from kernel import over_ranks, ranks, wait_for_all
 from model import (BadInput, Config, Masks, Transformer, build, check_writable, checkpoint_hash,
-                   cut, export, load, n_tokens, pad, peek, read_checkpoint, save, tokenizer,
+                   cut, export, load, n_tokens, pad, peek, read_checkpoint, reason, save, tokenizer,
                    unpickled, write_atomically)
 from moefy import LearnMasks, Moefy
 from router import GRID, FLOOR, ROUTERS, Adapt, LearnExits, LearnHalting, Route
@@ -608,7 +608,9 @@ START_AGAIN = 'use another --out_dir, or start again with --phase=all --overwrit
 def read_phase(path, unfinished=True):
     """A checkpoint that a phase wrote; BadInput if it is none."""
     data = read_checkpoint(path)
-    refuse(not {'phase', 'step', 'steps', 'options', 'metrics'} <= data.keys(),
+    kinds = dict(phase=str, step=int, steps=int, options=dict, metrics=dict)
+    refuse(not all(type(data.get(name)) is kind for name, kind in kinds.items())
+           or not 0 <= data['step'] <= data['steps'],
            f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
     refuse(data['step'] < data['steps'] and not unfinished,
            f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
@@ -850,6 +852,14 @@ def clip(parameters, most=1.0):
         nn.utils.clip_grads_with_norm_(kind, most, norm)
     return norm
 
+def begun_here(phase, job, *asked):
+    """job(*asked), which takes up what a checkpoint of another version may not have."""
+    try:
+        return job(*asked)
+    except Exception as error:          # whatever a foreign one does to torch
+        raise BadInput(f'{phase.writes}.pt: damaged, or begun by another version; finish it there, '
+                       f'or begin again with --overwrite=1 ({reason(error)})') from None
+
 def make_optimizer(model, parameters, phase, o, device, state=None):
     """AdamW, as a checkpoint's `state` left it: of one rank, of several and of FSDP it is one."""
     in_blocks, groups = {id(p) for p in model.blocks.parameters()}, []
@@ -857,11 +867,14 @@ def make_optimizer(model, parameters, phase, o, device, state=None):
         own = [p for p in parameters if (id(p) in in_blocks, p.dim() >= 2) == (inside, matrix)]
         groups.append(dict(params=own, weight_decay=o.weight_decay * matrix))
     optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.95), fused=device != 'mps')
-    try:
+
+    def moments():
         optimizer.load_state_dict(state or optimizer.state_dict())
-    except ValueError:
-        raise BadInput(f'{phase.writes}.pt: begun by another version; finish it there, or begin '
-                       'again with --overwrite=1') from None
+        for p, known in optimizer.state.items():                 # the fused kernel trusts them
+            for t in (known['exp_avg'], known['exp_avg_sq']):
+                assert t.shape == p.shape and t.isfinite().all(), 'its moments do not fit'
+
+    begun_here(phase, moments)
     from torch.distributed.tensor import distribute_tensor
     for p, known in optimizer.state.items():
         for key, t in known.items() if is_sharded(p) else ():
@@ -912,7 +925,7 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
     (rank, size), start, steps = ranks(), own.get('step', 0), phase.steps
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
-        whole.load_state_dict(own['model'])
+        begun_here(phase, whole.load_state_dict, own['model'])
     whole.train()
     model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
     # forward, and twice that backward; what is frozen is small enough for one device
@@ -1002,7 +1015,7 @@ def evaluation(typed, paths=()):
     for e in entries:
         refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
                f'--data={o.data}: {e.path} learned from another')
-    settings = dict(data=corpus.about['hash'], batches=o.eval_batches, batch_size=o.batch_size,
+    settings = dict(data=corpus.about['hash'], batches=o.eval_batches, batch_size=o.batch_size * ranks()[1],
                     block_size=o.block_size, device=device, threads=torch.get_num_threads())
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
 
