@@ -1015,8 +1015,9 @@ def evaluation(typed, paths=()):
     for e in entries:
         refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
                f'--data={o.data}: {e.path} learned from another')
-    settings = dict(data=corpus.about['hash'], batches=o.eval_batches, batch_size=o.batch_size * ranks()[1],
-                    block_size=o.block_size, device=device, threads=torch.get_num_threads())
+    settings = dict(data=corpus.about['hash'], batches=o.eval_batches, block_size=o.block_size,
+                    batch_size=o.batch_size * ranks()[1], device=device,
+                    threads=torch.get_num_threads())
     return bench.evaluate(entries, held_out(corpus, o, device), o, settings, folder, device)
 
 def chosen(typed, device):
