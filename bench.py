@@ -387,8 +387,10 @@ def evaluate(entries, batches, o, settings, folder, device):
     old = set_aside(folder, settings)
     found = known_rows(old.get('rows', ()), entries, jobs[0][1])
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
+    sparse = next((e for e in entries if e.data['phase'] == 'sparsify'), None)
+    known = sparse and sparse.hash == old.get('sparse')
     results = dict(config=vars(o), data=about, machine=machine(), settings=settings, rows=[],
-                   activity=old.get('activity'))
+                   sparse=sparse and sparse.hash, activity=old['activity'] if known else None)
     dense, loaded = build(entries[0].data, entries[0].path).to(device), {}
 
     def measure(e, what):
@@ -419,8 +421,7 @@ def evaluate(entries, batches, o, settings, folder, device):
         return [r for i, r in enumerate(rows_so_far())
                 if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
                 and r['dtype'] in dtypes]
-    sparse = next((e for e in entries if e.data['phase'] == 'sparsify'), None)
-    if results['activity'] is None and sparse:
+    if sparse and not known:
         tap = []                            # texts come by length: one of the middle
         build(sparse.data, sparse.path).to(device).encode(**batches[len(batches) // 2][0], tap=tap)
         results['activity'] = sparsity_statistics(tap)

@@ -1973,11 +1973,12 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     run('--phase=router', '--router_loss=share', out=spoiled)
     made = M.read_checkpoint(spoiled / 'd2dmoe-share.pt')['options']
     assert made['router_steps'] == 8 and made['router_width'] == 8
-    kinds = {r['router_loss'] for r in run('--phase=eval', out=spoiled)['rows']}
+    results = run('--phase=eval', out=spoiled)
+    kinds = {r['router_loss'] for r in results['rows']}
     assert kinds == {None, 'norm', 'active', 'share', 'oracle', 'truth'}
     # other steps than the control's are said, and it follows sparsify
     run('--phase=sparsify', '--sparsify_steps=9', '--overwrite=1', out=spoiled)
-    run('--phase=eval', out=spoiled)
+    assert run('--phase=eval', out=spoiled)['activity'] != results['activity']
     assert 'trained for other steps' in capsys.readouterr().out
     refused('dense.pt was made with 8', '--phase=all', '--sparsify_steps=9', out=spoiled)
 
