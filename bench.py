@@ -529,9 +529,12 @@ def print_parts(rows, activity):
               + ', '.join(f'{name} {share:.1%}' for name, share in r['parts'].items()))
     ideal = next((r for r in choice if r['router_loss'] == 'oracle' and r['experts']), None)
     alive = 1 - statistics.mean(zeros for zeros, *_ in activity or [(1,)])
-    if ideal and alive:
-        print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x as '
-              'many as are not zero' + ''.join(
+    if ideal:
+        said = f'neurons run: oracle {ideal["experts"]:.1%}'
+        # what is adapted has other zeros than sparse.pt
+        if alive and ideal['method'] == 'd2dmoe':
+            said += f', {ideal["experts"] / alive:.2f} x as many as are not zero'
+        print(said + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
                   for r in choice if r['router_loss'] not in CEILINGS
                   and (r['method'], r['rule']) == (ideal['method'],

@@ -2427,7 +2427,7 @@ def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
                 loss_pick=loss if pick is None else pick, **dict(file='a.pt') | more)
 
-def test_picked_the_gap_to_topk_and_macro_f1():
+def test_picked_the_gap_to_topk_and_macro_f1(capsys):
     rows = [row(None, None, None, 1, 2.0), row(None, None, None, 1, 2.01),
             row('norm', 'dynk', 0.1, 0.6, 2.015), row('norm', 'dynk', 0.2, 0.5, 2.5, pick=2.02),
             row('norm', 'dynk', 0.3, 0.4, 2.0, pick=2.03), row('norm', 'topk', 0.5, 0.7, 2.1)]
@@ -2438,6 +2438,11 @@ def test_picked_the_gap_to_topk_and_macro_f1():
                 for r, a in zip(rows, (0.9, 0.88, 0.895, 0.89, 0.5, 0.9))]
     assert {key: r['tau'] for key, r in bench.picked(labelled).items()} == {
         ('a.pt', 'norm', 'dynk'): 0.1, ('a.pt', 'norm', 'topk'): 0.5}
+    # sparse.pt's zeros are those of its experts, until they are adapted
+    for method, times in (('d2dmoe', ', 0.50 x as many as are not zero'), ('adapt', '')):
+        ideal = row('oracle', 'dynk', 0.1, 0.5, 2.0, method=method, experts=0.2, parts=dict(mlp=1))
+        bench.print_parts([rows[0] | dict(method=''), ideal], [(0.5,), (0.7,)])
+        assert f'neurons run: oracle 20.0%{times}\n' in capsys.readouterr().out
     # files of the same router are kept apart, and named where they are shown
     both = [r | dict(method='d2dmoe') for r in (*rows, rows[2] | dict(file='out/b.pt', tau=0.15))]
     assert bench.picked(both)['out/b.pt', 'norm', 'dynk']['tau'] == 0.15
