@@ -192,9 +192,9 @@ def jobs_of(entries, o):
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or (usual if kind in CEILINGS else 'topk')]):
             grid = GRID[rule]
-            if kind == 'masks':             # one of them, two, three
-                K = e.data['config']['n_outputs'][0]
-                grid = [k / K for k in range(1, max(1, K // 2) + 1)]
+            if kind == 'masks':             # one of them, two, three, as many as it learned with
+                K, own = e.data['config']['n_outputs'][0], e.data['options'].get('masks_chosen', 1)
+                grid = [k / K for k in range(1, max(K // 2, own) + 1)]
             jobs += [job(e, kind, rule, tau) for tau in (grid if o.tau is None else [o.tau])]
     measured = [e for e in routed if e.data['config'].get('calibration')]
     # where none was, budget() says what to do
