@@ -293,7 +293,7 @@ def row_of(model, dense, batches):
         # the experts of all MLPs together; where tokens leave there is no such share
         chosen = [mask for mask in masks if mask is not None]    # (T, E) each
         if chosen and not masks.alive:
-            each = torch.cat(chosen, 1).float().mean(1).tolist()
+            each = torch.cat(chosen, 1).float().mean(1).nan_to_num().tolist()
         return (cross_entropy(logits, targets).cpu(), extent(model, masks), seconds, each,
                 logits.argmax(-1).cpu() if config.head == 'cls' else None)
 
@@ -307,11 +307,12 @@ def row_of(model, dense, batches):
     if config.rule == 'topk':
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*sum(times, []))
+    sizes = [len(mlp.w_in) for mlp in mlps]                      # masks may leave none
     row = dict(
         k=k, madds=(cost['total'] - spared(model, batches[len(batches) // 2][0])) / whole,
         weight_bytes=None if model.dtype == 'int8' else sum(
             p.numel() * p.element_size() for p in model.state_dict().values()),
-        experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
+        experts=float(np.dot(rho, sizes) / max(1, sum(sizes))),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         parts={name: flops / whole for name, flops in cost.items() if name != 'total'},
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',

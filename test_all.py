@@ -1628,6 +1628,10 @@ def test_masks_end_to_end(spoiled, capsys):
     rows = [r for r in run('--phase=eval', '--router_loss=masks', out=spoiled)['rows']
             if r['router_loss'] == 'masks' and r['dtype'] == 'fp32']
     assert [(r['rule'], r['k']) for r in rows] == [('topk', 1), ('topk', 2), ('topk', 3)]
+    run('--phase=masks', '--mask_ratio=0', '--masks_steps=30', '--overwrite=1', out=spoiled)
+    assert capsys.readouterr().out.count(' 0 token-specific, 128 redundant') == 2
+    rows = run('--phase=eval', '--router_loss=masks', '--tau=0.25', out=spoiled)['rows']
+    assert {r['experts'] for r in rows if r['router_loss'] == 'masks'} == {0.0}
 
 def test_exits_and_halting_end_to_end(finished_bert, tmp_path):
     """Texts leave a dense model or one of experts early; or tokens that may halt get experts."""
