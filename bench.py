@@ -352,10 +352,11 @@ def set_aside(folder, settings):
 def write_json(path, content):
     write_atomically(path, lambda t: Path(t).write_text(json.dumps(content, indent=1)))
 
-def known_rows(old, entries, names):
+def known_rows(old, entries, names, folder):
     """{the fields in `names`: row} of the rows whose checkpoint is still here, or has moved."""
-    here = {}
-    for file in {r['file'] for r in old}:
+    here, files = {}, {r['file'] for r in old}
+    # with the folder, too
+    for file in (*files, *(os.path.join(folder, os.path.basename(file)) for file in files)):
         with contextlib.suppress(BadInput):
             here[checkpoint_hash(file)] = file
     here |= {e.hash: e.path for e in entries}
@@ -386,7 +387,7 @@ def evaluate(entries, batches, o, settings, folder, device):
     path, jobs = os.path.join(folder, 'results.json'), jobs_of(entries, o)
     settings = settings | dict(dense=entries[0].hash)
     old = set_aside(folder, settings)
-    found = known_rows(old.get('rows', ()), entries, jobs[0][1])
+    found = known_rows(old.get('rows', ()), entries, jobs[0][1], folder)
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
     sparse = next((e for e in entries if e.data['phase'] == 'sparsify'), None)
     known = sparse and sparse.hash == old.get('sparse')

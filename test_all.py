@@ -2012,6 +2012,9 @@ def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     rows = run('--phase=eval', '--tau=0.25', out=spoiled)['rows']
     known = [{**r, 'file': ''} for r in rows]
     assert len(rows) == len(before) + 5 and all({**r, 'file': ''} in known for r in before)
+    # a folder's rows move with it, whatever of it is measured
+    files = [r['file'] for r in run('--phase=eval', '--router_loss=norm', out=spoiled)['rows']]
+    assert len(files) == len(rows) and {os.path.dirname(file) for file in files} == {str(spoiled)}
     # a checkpoint that is gone takes its rows along; by its path it is known wherever it went
     os.replace(spoiled / 'd2dmoe-active.pt', tmp_path / 'mine.pt')
     rows = run('--phase=eval', out=spoiled)['rows']
