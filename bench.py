@@ -174,10 +174,10 @@ def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
     a rule of their own run with top-k, too: it is the control. Ceilings replace the first
     converted one's routers, by their own rule or the one asked for. Dense in fp32 comes first."""
-    def job(e, kind=None, rule=None, tau=None, taus=None):
+    def job(e, kind=None, rule=None, tau=None, taus=None, budget=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
-                       dtype=o.dtype, taus=taus)
+                       dtype=o.dtype, taus=taus, budget=budget)
 
     jobs = [job(e) for e in entries if not e.kind]
     # with exits their routers do as the exits' phase told them to
@@ -200,7 +200,7 @@ def jobs_of(entries, o):
     # where none was, budget() says what to do
     for e in measured or routed if o.budget or o.max_loss else ():
         c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
-        jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus)))
+        jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus), o.budget or o.max_loss))
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
                    if e.data['config'].get('exits') for tau in CONFIDENCE]
 
@@ -361,7 +361,8 @@ def known_rows(old, entries, names, folder):
             here[checkpoint_hash(file)] = file
     here |= {e.hash: e.path for e in entries}
     # earlier files do not say these
-    old = [dict(dtype='fp32') | r | dict(taus=r.get('taus') and tuple(r['taus'])) for r in old]
+    old = [dict(dtype='fp32', budget=None) | r | dict(taus=r.get('taus') and tuple(r['taus']))
+           for r in old]
     return {tuple(r[name] for name in names): r | dict(file=here[r['checkpoint']])
             for r in old if r['checkpoint'] in here}
 
@@ -469,10 +470,10 @@ def setting(r):
     """What a row's tau column says."""
     if r['rule'] is None:
         return '-'
-    if r['rule'] == 'topk':
-        return f'top-{r["k"]}'
     if r.get('taus'):
         return 'per MLP'
+    if r['rule'] == 'topk':
+        return f'top-{r["k"]}'
     usual = r['rule'] == 'confidence' or ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
@@ -584,11 +585,13 @@ def flops_gap(curve, other):
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
-    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype', 'taus')
+    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype', 'taus', 'budget')
     columns = [(title, name, 16, form) for title, name, _, form in COLUMNS
                if name in ('experts', 'flops', 'delta', 'speedup', 'accuracy')]
-    rows = []
-    for group in grouped((r for result in results for r in result['rows']), *same).values():
+    # a budget is one for all, its taus are a seed's own
+    rows, each = [], [r | (dict(tau=None, k=None, taus=True) if r['taus'] else {})
+                      for result in results for r in result['rows']]
+    for group in grouped(each, *same).values():
         row = {name: group[0][name] for name in same} | dict(seeds=len(group))
         for _, name, _, _ in columns:
             values = [r[name] for r in group if r[name] is not None]

@@ -1900,11 +1900,12 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
     assert not done.returncode, done.stderr
 
 def test_seeds_make_one_table(text, tmp_path):
-    run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
-        out=tmp_path)
+    run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', '--budget=0.9',
+        f'--data={text}', out=tmp_path)
     rows = json.load(open(tmp_path / 'seeds.json'))['rows']
-    assert [r['method'] for r in rows if r['dtype'] == 'fp32'] == [
-        'dense', 'sparse', 'd2dmoe', 'd2dmoe']
+    assert [(r['method'], r['taus'], r['seeds']) for r in rows if r['dtype'] == 'fp32'] == [
+        ('dense', None, 2), ('sparse', None, 2), ('d2dmoe', None, 2), ('d2dmoe', True, 2),
+        ('d2dmoe', None, 2)]
     deltas = [rows_of(tmp_path / f's{seed}')[1]['delta'] for seed in (0, 1)]
     assert rows[1]['delta'] == pytest.approx(np.mean(deltas)) and rows[1]['seeds'] == 2
     assert rows[1]['delta_half'] == pytest.approx(abs(deltas[0] - deltas[1]) / 2)
