@@ -1579,7 +1579,8 @@ def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
     out_dir = o.out_dir or 'out-methods'
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
-    typed = o.train.parse(options)          # a wrong one now, not after hours
+    # a wrong one now, not after hours; so is --seed: the suite counts them
+    typed = o.train.parse([*options, '--seeds=0'])
     reasons = {method: left_out(method, typed) for method in METHODS}
     others = [dict(method=method[0], variant=method[1], why=why)
               for method, why in reasons.items() if why]
@@ -1640,7 +1641,7 @@ SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=pe
               engines=engines_suite, methods=methods_suite)
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('checkpoints', nargs='*', help='measure these, each by what it says of itself, against the '

@@ -2400,12 +2400,12 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     chosen['small', ''] = (), 'base dense', '--n_embd=16'
     monkeypatch.setattr(bench, 'METHODS', chosen)
     tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
-    o = bench.options().parse_args([
+    o, rest = bench.options().parse_known_args([
         '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2',
-        '--plot', str(tmp_path / 'p.png')])
+        '--plot', str(tmp_path / 'p.png'), '--seed=3'])
     # what the others are told of the penalty is no option of MoEfication's, which has none
-    o.train = train
-    o.rest = ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
+    o.train, o.rest = train, ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
+    refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=rest)), job=bench.run)
     rows = bench.run(o)
     said = capsys.readouterr().out
     assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
