@@ -111,8 +111,8 @@ def peak(device, dtype):
     return 2 * len(a) ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10))
 
 def profiler(wanted, folder, name):
-    """A context whose step() counts. Of steps 4 to 8: a table of what took how long, the share that
-    torch's own operations took, and a trace for Perfetto in the folder."""
+    """A context whose step() counts. Of steps 4 to 8, if it gets there: a table of what took how
+    long, the share that torch's own operations took, and a trace for Perfetto in the folder."""
     def show(found):
         events = found.key_averages()
         print(events.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=40))
@@ -123,7 +123,8 @@ def profiler(wanted, folder, name):
         print(f'{name:8s} {1 - python:.1%} of the time in torch\'s operations; {path} has each')
     steps = torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1)
     if wanted and not kernel.ranks()[0]:
-        return torch.profiler.profile(schedule=steps, on_trace_ready=show)
+        return torch.profiler.profile(schedule=steps,
+                                      on_trace_ready=lambda p: p.step_num > 3 and show(p))
     return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
 
 class Entry(NamedTuple):

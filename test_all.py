@@ -1600,7 +1600,9 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',
-        '--split=coactivation', '--router_loss=active', '--tau=0.2', out=tmp_path)
+        '--split=coactivation', '--router_loss=active', '--tau=0.2', '--profile=1', out=tmp_path)
+    # three steps are too few to show
+    assert len([*tmp_path.glob('*-trace.json')]) == 4
     rows = rows_of(tmp_path)
     assert {'pruned.pt', 'sparse.pt'} <= set(os.listdir(tmp_path))
     model, dense = (M.load(tmp_path / f'{name}.pt') for name in ('d2dmoe', 'dense'))
