@@ -608,8 +608,10 @@ def print_seeds(results, path):
 
 # -------------------------------------------------------------------------------------- pictures
 
-def new_axes(columns=1):
+def new_axes(columns=1, path=''):
     """An empty picture, or several beside one another. BadInput if matplotlib is not here."""
+    with contextlib.suppress(OSError):      # never a stale one
+        os.remove(path)
     try:
         import matplotlib.figure
     except ImportError:
@@ -624,10 +626,8 @@ def save_picture(axes, path, **about):
 def plot_rows(rows, path):
     """What every MLP of the first two routers runs, by tau; how much tokens run; loss or accuracy
     against FLOPs, a line for each router and rule. Returns what to say."""
-    with contextlib.suppress(OSError):      # never a stale one
-        os.remove(path)
     try:
-        *heats, spread, axes = new_axes(4)
+        *heats, spread, axes = new_axes(4, path)
     except BadInput as error:
         return f'; {error}'
     for other in (*heats, spread):
@@ -692,11 +692,11 @@ def plot_layers(rows, path):
 def plot_load(words, shares, path):
     """A text; the darker a token stands, the more it ran: shares in 0..1. Returns what to say."""
     try:
-        axes = new_axes()
+        write_json(os.path.splitext(path)[0] + '.json', dict(words=words, shares=shares))
+        axes = new_axes(1, path)
         check_writable(path)
     except BadInput as error:
         return f'; {error}'
-    write_json(os.path.splitext(path)[0] + '.json', dict(words=words, shares=shares))
     line, column = 0, 0
     for word, share in zip(words, shares):
         for letter in word:

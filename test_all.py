@@ -2478,7 +2478,9 @@ def test_libraries_that_are_missing(finished, tmp_path, monkeypatch):
     for name in ('matplotlib', 'transformers'):
         monkeypatch.setitem(sys.modules, name, None)
     # no stale picture stays
-    assert 'pip install matplotlib' in bench.plot_rows(rows, path) and not path.exists()
+    for draw in (bench.plot_rows, rows), (bench.plot_load, 'ab', [0.1, 1.0]):
+        path.touch()
+        assert 'pip install matplotlib' in draw[0](*draw[1:], path) and not path.exists()
     refused('pip install transformers', 'gpt2', job=M.load)
 
 @pytest.mark.parametrize('name', AGAIN)
