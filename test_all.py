@@ -2012,12 +2012,12 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
 
 def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     before = rows_of(spoiled)
+    # a folder's rows move with it, whatever of it is measured
+    files = [r['file'] for r in run('--phase=eval', '--router_loss=norm', out=spoiled)['rows']]
+    assert len(files) == len(before) and {os.path.dirname(file) for file in files} == {str(spoiled)}
     rows = run('--phase=eval', '--tau=0.25', out=spoiled)['rows']
     known = [{**r, 'file': ''} for r in rows]
     assert len(rows) == len(before) + 5 and all({**r, 'file': ''} in known for r in before)
-    # a folder's rows move with it, whatever of it is measured
-    files = [r['file'] for r in run('--phase=eval', '--router_loss=norm', out=spoiled)['rows']]
-    assert len(files) == len(rows) and {os.path.dirname(file) for file in files} == {str(spoiled)}
     # a checkpoint that is gone takes its rows along; by its path it is known wherever it went
     os.replace(spoiled / 'd2dmoe-active.pt', tmp_path / 'mine.pt')
     rows = run('--phase=eval', out=spoiled)['rows']
@@ -2407,7 +2407,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
         '--plot', str(tmp_path / 'p.png'), '--seed=3'])
     # what the others are told of the penalty is no option of MoEfication's, which has none
     o.train, o.rest = train, ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
-    refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=rest)), job=bench.run)
+    refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=o.rest + rest)), job=bench.run)
     rows = bench.run(o)
     said = capsys.readouterr().out
     assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
