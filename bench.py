@@ -111,8 +111,8 @@ def peak(device, dtype):
     return 2 * len(a) ** 3 / min(timed(lambda: a @ a)[1] for _ in range(10))
 
 def profiler(wanted, folder, name):
-    """A context whose step() counts. Of steps 4 to 8: a table of what took how long, the share that
-    torch's own operations took, and a trace for Perfetto in the folder."""
+    """A context whose step() counts. Of steps 4 to 8, if it gets there: a table of what took how
+    long, the share that torch's own operations took, and a trace for Perfetto in the folder."""
     def show(found):
         events = found.key_averages()
         print(events.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=40))
@@ -123,7 +123,8 @@ def profiler(wanted, folder, name):
         print(f'{name:8s} {1 - python:.1%} of the time in torch\'s operations; {path} has each')
     steps = torch.profiler.schedule(wait=2, warmup=1, active=5, repeat=1)
     if wanted and not kernel.ranks()[0]:
-        return torch.profiler.profile(schedule=steps, on_trace_ready=show)
+        return torch.profiler.profile(schedule=steps,
+                                      on_trace_ready=lambda p: p.step_num > 3 and show(p))
     return contextlib.nullcontext(SimpleNamespace(step=lambda: None))
 
 class Entry(NamedTuple):
@@ -174,10 +175,10 @@ def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
     a rule of their own run with top-k, too: it is the control. Ceilings replace the first
     converted one's routers, by their own rule or the one asked for. Dense in fp32 comes first."""
-    def job(e, kind=None, rule=None, tau=None, taus=None):
+    def job(e, kind=None, rule=None, tau=None, taus=None, budget=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
-                       dtype=o.dtype, taus=taus)
+                       dtype=o.dtype, taus=taus, budget=budget)
 
     jobs = [job(e) for e in entries if not e.kind]
     # with exits their routers do as the exits' phase told them to
@@ -192,15 +193,15 @@ def jobs_of(entries, o):
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or (usual if kind in CEILINGS else 'topk')]):
             grid = GRID[rule]
-            if kind == 'masks':             # one of them, two, three
-                K = e.data['config']['n_outputs'][0]
-                grid = [k / K for k in range(1, max(1, K // 2) + 1)]
+            if kind == 'masks':             # one of them, two, three, as many as it learned with
+                K, own = e.data['config']['n_outputs'][0], e.data['options'].get('masks_chosen', 1)
+                grid = [k / K for k in range(1, max(K // 2, own) + 1)]
             jobs += [job(e, kind, rule, tau) for tau in (grid if o.tau is None else [o.tau])]
     measured = [e for e in routed if e.data['config'].get('calibration')]
     # where none was, budget() says what to do
     for e in measured or routed if o.budget or o.max_loss else ():
         c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
-        jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus)))
+        jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus), o.budget or o.max_loss))
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
                    if e.data['config'].get('exits') for tau in CONFIDENCE]
 
@@ -293,7 +294,7 @@ def row_of(model, dense, batches):
         # the experts of all MLPs together; where tokens leave there is no such share
         chosen = [mask for mask in masks if mask is not None]    # (T, E) each
         if chosen and not masks.alive:
-            each = torch.cat(chosen, 1).float().mean(1).tolist()
+            each = torch.cat(chosen, 1).float().mean(1).nan_to_num().tolist()
         return (cross_entropy(logits, targets).cpu(), extent(model, masks), seconds, each,
                 logits.argmax(-1).cpu() if config.head == 'cls' else None)
 
@@ -307,11 +308,12 @@ def row_of(model, dense, batches):
     if config.rule == 'topk':
         k = max(1, round(config.tau * model.ffns()[0].router.n_outputs))
     counts, ours, theirs = zip(*sum(times, []))
+    sizes = [len(mlp.w_in) for mlp in mlps]                      # masks may leave none
     row = dict(
         k=k, madds=(cost['total'] - spared(model, batches[len(batches) // 2][0])) / whole,
         weight_bytes=None if model.dtype == 'int8' else sum(
             p.numel() * p.element_size() for p in model.state_dict().values()),
-        experts=float(np.average(rho, weights=[len(mlp.w_in) for mlp in mlps])),
+        experts=float(np.dot(rho, sizes) / max(1, sum(sizes))),
         flops=cost['total'] / whole, router_flops=cost['router'] / whole,
         parts={name: flops / whole for name, flops in cost.items() if name != 'total'},
         loss=losses[report].mean().item(), loss_pick=losses[pick].mean().item(), metric='loss',
@@ -351,15 +353,17 @@ def set_aside(folder, settings):
 def write_json(path, content):
     write_atomically(path, lambda t: Path(t).write_text(json.dumps(content, indent=1)))
 
-def known_rows(old, entries, names):
+def known_rows(old, entries, names, folder):
     """{the fields in `names`: row} of the rows whose checkpoint is still here, or has moved."""
-    here = {}
-    for file in {r['file'] for r in old}:
+    here, files = {}, {r['file'] for r in old}
+    # with the folder, too
+    for file in (*files, *(os.path.join(folder, os.path.basename(file)) for file in files)):
         with contextlib.suppress(BadInput):
             here[checkpoint_hash(file)] = file
     here |= {e.hash: e.path for e in entries}
     # earlier files do not say these
-    old = [dict(dtype='fp32') | r | dict(taus=r.get('taus') and tuple(r['taus'])) for r in old]
+    old = [dict(dtype='fp32', budget=None) | r | dict(taus=r.get('taus') and tuple(r['taus']))
+           for r in old]
     return {tuple(r[name] for name in names): r | dict(file=here[r['checkpoint']])
             for r in old if r['checkpoint'] in here}
 
@@ -385,10 +389,12 @@ def evaluate(entries, batches, o, settings, folder, device):
     path, jobs = os.path.join(folder, 'results.json'), jobs_of(entries, o)
     settings = settings | dict(dense=entries[0].hash)
     old = set_aside(folder, settings)
-    found = known_rows(old.get('rows', ()), entries, jobs[0][1])
+    found = known_rows(old.get('rows', ()), entries, jobs[0][1], folder)
     about = {k: v for k, v in entries[0].data['data'].items() if k != 'tokenizer_json'}
+    sparse = next((e for e in entries if e.data['phase'] == 'sparsify'), None)
+    known = sparse and sparse.hash == old.get('sparse')
     results = dict(config=vars(o), data=about, machine=machine(), settings=settings, rows=[],
-                   activity=old.get('activity'))
+                   sparse=sparse and sparse.hash, activity=old['activity'] if known else None)
     dense, loaded = build(entries[0].data, entries[0].path).to(device), {}
 
     def measure(e, what):
@@ -419,8 +425,7 @@ def evaluate(entries, batches, o, settings, folder, device):
         return [r for i, r in enumerate(rows_so_far())
                 if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
                 and r['dtype'] in dtypes]
-    sparse = next((e for e in entries if e.data['phase'] == 'sparsify'), None)
-    if results['activity'] is None and sparse:
+    if sparse and not known:
         tap = []                            # texts come by length: one of the middle
         build(sparse.data, sparse.path).to(device).encode(**batches[len(batches) // 2][0], tap=tap)
         results['activity'] = sparsity_statistics(tap)
@@ -466,10 +471,10 @@ def setting(r):
     """What a row's tau column says."""
     if r['rule'] is None:
         return '-'
-    if r['rule'] == 'topk':
-        return f'top-{r["k"]}'
     if r.get('taus'):
         return 'per MLP'
+    if r['rule'] == 'topk':
+        return f'top-{r["k"]}'
     usual = r['rule'] == 'confidence' or ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
@@ -528,9 +533,12 @@ def print_parts(rows, activity):
               + ', '.join(f'{name} {share:.1%}' for name, share in r['parts'].items()))
     ideal = next((r for r in choice if r['router_loss'] == 'oracle' and r['experts']), None)
     alive = 1 - statistics.mean(zeros for zeros, *_ in activity or [(1,)])
-    if ideal and alive:
-        print(f'neurons run: oracle {ideal["experts"]:.1%}, {ideal["experts"] / alive:.2f} x as '
-              'many as are not zero' + ''.join(
+    if ideal:
+        said = f'neurons run: oracle {ideal["experts"]:.1%}'
+        # what is adapted has other zeros than sparse.pt
+        if alive and ideal['method'] == 'd2dmoe':
+            said += f', {ideal["experts"] / alive:.2f} x as many as are not zero'
+        print(said + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
                   for r in choice if r['router_loss'] not in CEILINGS
                   and (r['method'], r['rule']) == (ideal['method'],
@@ -578,11 +586,13 @@ def flops_gap(curve, other):
 
 def print_seeds(results, path):
     """One table of several seeds' rows: mean and half of the spread of each figure."""
-    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype', 'taus')
+    same = ('method', 'router_loss', 'rule', 'tau', 'floor', 'k', 'dtype', 'taus', 'budget')
     columns = [(title, name, 16, form) for title, name, _, form in COLUMNS
                if name in ('experts', 'flops', 'delta', 'speedup', 'accuracy')]
-    rows = []
-    for group in grouped((r for result in results for r in result['rows']), *same).values():
+    # a budget is one for all, its taus are a seed's own
+    rows, each = [], [r | (dict(tau=None, k=None, taus=True) if r['taus'] else {})
+                      for result in results for r in result['rows']]
+    for group in grouped(each, *same).values():
         row = {name: group[0][name] for name in same} | dict(seeds=len(group))
         for _, name, _, _ in columns:
             values = [r[name] for r in group if r[name] is not None]
@@ -598,8 +608,10 @@ def print_seeds(results, path):
 
 # -------------------------------------------------------------------------------------- pictures
 
-def new_axes(columns=1):
+def new_axes(columns=1, path=''):
     """An empty picture, or several beside one another. BadInput if matplotlib is not here."""
+    with contextlib.suppress(OSError):      # never a stale one
+        os.remove(path)
     try:
         import matplotlib.figure
     except ImportError:
@@ -614,10 +626,8 @@ def save_picture(axes, path, **about):
 def plot_rows(rows, path):
     """What every MLP of the first two routers runs, by tau; how much tokens run; loss or accuracy
     against FLOPs, a line for each router and rule. Returns what to say."""
-    with contextlib.suppress(OSError):      # never a stale one
-        os.remove(path)
     try:
-        *heats, spread, axes = new_axes(4)
+        *heats, spread, axes = new_axes(4, path)
     except BadInput as error:
         return f'; {error}'
     for other in (*heats, spread):
@@ -654,7 +664,8 @@ def plot_rows(rows, path):
     for r in (r for r in rows if r['method'] == 'sparse'):
         axes.axhline(percent(r), color='grey', lw=0.8, label='sparse, all experts on')
     # what is far off would squeeze the rest onto zero
-    near = [percent(r) for r in rows if abs(percent(r)) < 6] + [-0.5, 0.5]
+    far = 6 if any(r['rule'] and abs(percent(r)) < 6 for r in rows) else math.inf
+    near = [percent(r) for r in rows if abs(percent(r)) < far] + [-0.5, 0.5]
     save_picture(axes, path, xlabel='FLOPs of the whole model, routers included (% of dense)',
                  ylabel=f'{rows[0]["metric"]} against dense (%)',
                  ylim=(min(near) - 0.2, max(near) + 0.2))
@@ -681,11 +692,11 @@ def plot_layers(rows, path):
 def plot_load(words, shares, path):
     """A text; the darker a token stands, the more it ran: shares in 0..1. Returns what to say."""
     try:
-        axes = new_axes()
+        write_json(os.path.splitext(path)[0] + '.json', dict(words=words, shares=shares))
+        axes = new_axes(1, path)
         check_writable(path)
     except BadInput as error:
         return f'; {error}'
-    write_json(os.path.splitext(path)[0] + '.json', dict(words=words, shares=shares))
     line, column = 0, 0
     for word, share in zip(words, shares):
         for letter in word:
@@ -1572,7 +1583,8 @@ def methods_suite(o, device, shape):
     """Every method on the same base, control and steps. What is done is not done again."""
     out_dir = o.out_dir or 'out-methods'
     options, rows = [*o.rest, *([f'--data={o.data}'] if o.data else [])], []
-    typed = o.train.parse(options)          # a wrong one now, not after hours
+    # a wrong one now, not after hours; so is --seed: the suite counts them
+    typed = o.train.parse([*options, '--seeds=0'])
     reasons = {method: left_out(method, typed) for method in METHODS}
     others = [dict(method=method[0], variant=method[1], why=why)
               for method, why in reasons.items() if why]
@@ -1633,7 +1645,7 @@ SUITES = dict(layer=layer_suite, decode=model_suite, model=model_suite, peers=pe
               engines=engines_suite, methods=methods_suite)
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('checkpoints', nargs='*', help='measure these, each by what it says of itself, against the '

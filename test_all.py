@@ -1606,7 +1606,9 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',
-        '--split=coactivation', '--router_loss=active', '--tau=0.2', out=tmp_path)
+        '--split=coactivation', '--router_loss=active', '--tau=0.2', '--profile=1', out=tmp_path)
+    # three steps are too few to show
+    assert len([*tmp_path.glob('*-trace.json')]) == 4
     rows = rows_of(tmp_path)
     assert {'pruned.pt', 'sparse.pt'} <= set(os.listdir(tmp_path))
     model, dense = (M.load(tmp_path / f'{name}.pt') for name in ('d2dmoe', 'dense'))
@@ -1627,13 +1629,17 @@ def test_masks_end_to_end(spoiled, capsys):
     refused('was made without it', '--phase=prune', '--prune=0.5', out=spoiled)
     assert not (spoiled / 'pruned.pt').exists()
     refused('nothing to learn', '--router_loss=masks', out=spoiled)
-    run('--phase=masks', '--n_masks=4', '--masks_steps=10', '--mask_ratio=0.3', out=spoiled)
+    run('--phase=masks', '--n_masks=4', '--masks_chosen=3', '--masks_steps=10', out=spoiled)
     assert capsys.readouterr().out.count('token-specific') == 2
     c = M.load(spoiled / 'masks.pt').config
     assert c.n_outputs == [4, 4] and c.router_loss == 'masks'
-    rows = [r for r in run('--phase=eval', '--tau=0.25', '--router_loss=masks', out=spoiled)['rows']
+    rows = [r for r in run('--phase=eval', '--router_loss=masks', out=spoiled)['rows']
             if r['router_loss'] == 'masks' and r['dtype'] == 'fp32']
-    assert {r['rule'] for r in rows} == {'topk'} and rows[0]['k'] == 1
+    assert [(r['rule'], r['k']) for r in rows] == [('topk', 1), ('topk', 2), ('topk', 3)]
+    run('--phase=masks', '--mask_ratio=0', '--masks_steps=30', '--overwrite=1', out=spoiled)
+    assert capsys.readouterr().out.count(' 0 token-specific, 128 redundant') == 2
+    rows = run('--phase=eval', '--router_loss=masks', '--tau=0.25', out=spoiled)['rows']
+    assert {r['experts'] for r in rows if r['router_loss'] == 'masks'} == {0.0}
 
 def test_exits_and_halting_end_to_end(finished_bert, tmp_path):
     """Texts leave a dense model or one of experts early; or tokens that may halt get experts."""
@@ -1908,11 +1914,12 @@ def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
     assert not done.returncode, done.stderr
 
 def test_seeds_make_one_table(text, tmp_path):
-    run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', f'--data={text}',
-        out=tmp_path)
+    run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', '--budget=0.9',
+        f'--data={text}', out=tmp_path)
     rows = json.load(open(tmp_path / 'seeds.json'))['rows']
-    assert [r['method'] for r in rows if r['dtype'] == 'fp32'] == [
-        'dense', 'sparse', 'd2dmoe', 'd2dmoe']
+    assert [(r['method'], r['taus'], r['seeds']) for r in rows if r['dtype'] == 'fp32'] == [
+        ('dense', None, 2), ('sparse', None, 2), ('d2dmoe', None, 2), ('d2dmoe', True, 2),
+        ('d2dmoe', None, 2)]
     deltas = [rows_of(tmp_path / f's{seed}')[1]['delta'] for seed in (0, 1)]
     assert rows[1]['delta'] == pytest.approx(np.mean(deltas)) and rows[1]['seeds'] == 2
     assert rows[1]['delta_half'] == pytest.approx(abs(deltas[0] - deltas[1]) / 2)
@@ -1985,11 +1992,12 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     run('--phase=router', '--router_loss=share', out=spoiled)
     made = M.read_checkpoint(spoiled / 'd2dmoe-share.pt')['options']
     assert made['router_steps'] == 8 and made['router_width'] == 8
-    kinds = {r['router_loss'] for r in run('--phase=eval', out=spoiled)['rows']}
+    results = run('--phase=eval', out=spoiled)
+    kinds = {r['router_loss'] for r in results['rows']}
     assert kinds == {None, 'norm', 'active', 'share', 'oracle', 'truth'}
     # other steps than the control's are said, and it follows sparsify
     run('--phase=sparsify', '--sparsify_steps=9', '--overwrite=1', out=spoiled)
-    run('--phase=eval', out=spoiled)
+    assert run('--phase=eval', out=spoiled)['activity'] != results['activity']
     assert 'trained for other steps' in capsys.readouterr().out
     refused('dense.pt was made with 8', '--phase=all', '--sparsify_steps=9', out=spoiled)
 
@@ -2016,6 +2024,9 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
 
 def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
     before = rows_of(spoiled)
+    # a folder's rows move with it, whatever of it is measured
+    files = [r['file'] for r in run('--phase=eval', '--router_loss=norm', out=spoiled)['rows']]
+    assert len(files) == len(before) and {os.path.dirname(file) for file in files} == {str(spoiled)}
     rows = run('--phase=eval', '--tau=0.25', out=spoiled)['rows']
     known = [{**r, 'file': ''} for r in rows]
     assert len(rows) == len(before) + 5 and all({**r, 'file': ''} in known for r in before)
@@ -2419,12 +2430,12 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     chosen['small', ''] = (), 'base dense', '--n_embd=16'
     monkeypatch.setattr(bench, 'METHODS', chosen)
     tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
-    o = bench.options().parse_args([
+    o, rest = bench.options().parse_known_args([
         '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2',
-        '--plot', str(tmp_path / 'p.png')])
+        '--plot', str(tmp_path / 'p.png'), '--seed=3'])
     # what the others are told of the penalty is no option of MoEfication's, which has none
-    o.train = train
-    o.rest = ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
+    o.train, o.rest = train, ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
+    refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=o.rest + rest)), job=bench.run)
     rows = bench.run(o)
     said = capsys.readouterr().out
     assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
@@ -2454,7 +2465,7 @@ def row(kind, rule, tau, flops, loss, pick=None, **more):
     return dict(router_loss=kind, rule=rule, tau=tau, flops=flops, loss=loss, metric='loss',
                 loss_pick=loss if pick is None else pick, **dict(file='a.pt') | more)
 
-def test_picked_the_gap_to_topk_and_macro_f1():
+def test_picked_the_gap_to_topk_and_macro_f1(capsys):
     rows = [row(None, None, None, 1, 2.0), row(None, None, None, 1, 2.01),
             row('norm', 'dynk', 0.1, 0.6, 2.015), row('norm', 'dynk', 0.2, 0.5, 2.5, pick=2.02),
             row('norm', 'dynk', 0.3, 0.4, 2.0, pick=2.03), row('norm', 'topk', 0.5, 0.7, 2.1)]
@@ -2465,6 +2476,11 @@ def test_picked_the_gap_to_topk_and_macro_f1():
                 for r, a in zip(rows, (0.9, 0.88, 0.895, 0.89, 0.5, 0.9))]
     assert {key: r['tau'] for key, r in bench.picked(labelled).items()} == {
         ('a.pt', 'norm', 'dynk'): 0.1, ('a.pt', 'norm', 'topk'): 0.5}
+    # sparse.pt's zeros are those of its experts, until they are adapted
+    for method, times in (('d2dmoe', ', 0.50 x as many as are not zero'), ('adapt', '')):
+        ideal = row('oracle', 'dynk', 0.1, 0.5, 2.0, method=method, experts=0.2, parts=dict(mlp=1))
+        bench.print_parts([rows[0] | dict(method=''), ideal], [(0.5,), (0.7,)])
+        assert f'neurons run: oracle 20.0%{times}\n' in capsys.readouterr().out
     # files of the same router are kept apart, and named where they are shown
     both = [r | dict(method='d2dmoe') for r in (*rows, rows[2] | dict(file='out/b.pt', tau=0.15))]
     assert bench.picked(both)['out/b.pt', 'norm', 'dynk']['tau'] == 0.15
@@ -2481,12 +2497,18 @@ def test_picked_the_gap_to_topk_and_macro_f1():
     assert accuracy == 0.5 and f1 == pytest.approx((2 / 3 + 0.5 + 0) / 3)
 
 def test_libraries_that_are_missing(finished, tmp_path, monkeypatch):
-    rows, path = finished[1]['rows'], tmp_path / 'p.png'
+    rows, path, found = finished[1]['rows'], tmp_path / 'p.png', []
     assert 'shows it' in bench.plot_rows(rows, path) and path.stat().st_size > 1000
+    # where no router comes near, all is shown
+    monkeypatch.setattr(bench, 'save_picture', lambda *_, ylim, **about: found.append(ylim))
+    bench.plot_rows([r | dict(loss=(2 if r['rule'] else 1) * r['loss']) for r in rows], path)
+    assert found[0][1] > 90
     for name in ('matplotlib', 'transformers'):
         monkeypatch.setitem(sys.modules, name, None)
     # no stale picture stays
-    assert 'pip install matplotlib' in bench.plot_rows(rows, path) and not path.exists()
+    for draw in (bench.plot_rows, rows), (bench.plot_load, 'ab', [0.1, 1.0]):
+        path.touch()
+        assert 'pip install matplotlib' in draw[0](*draw[1:], path) and not path.exists()
     refused('pip install transformers', 'gpt2', job=M.load)
 
 @pytest.mark.parametrize('name', AGAIN)
