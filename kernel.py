@@ -113,7 +113,9 @@ def choose(x, mask, bundle, rho=None):
     """Which of IMPLS is the fastest for these inputs. Dense is an allowed answer."""
     if x.is_cuda and triton is not None:
         names = 'gpu', gpu_target(x.device)[0]
-    elif x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and have_cpp():
+    # autocast leaves the weights as they are
+    elif (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and have_cpp()
+          and x.dtype == bundle.w_in.dtype):
         names = ('cpu',)
     else:
         return 'dense' if x.device.type in ('cuda', 'mps') else 'torch'
@@ -311,6 +313,7 @@ class LayerCache:
     def reserve(self, B, heads, d, like):
         if self.k is None:
             self.k, self.v = (like.new_empty(B, heads, self.size, d) for _ in 'kv')
+        assert len(self.k) == B, f'a cache of {len(self.k)} sequences, now {B}'
 
     def extend(self, k, v):
         self.reserve(len(k), k.shape[1], k.shape[3], k)
@@ -761,7 +764,7 @@ def int8_experts(x, mask, bundle, rho=None):
     q, scale = whole_numbers(a)
     return (q @ w_out.w.float() * scale + w_out.bias).to(x.dtype)
 
-ones = functools.cache(torch.ones)
+ones = functools.cache(functools.partial(torch.ones, dtype=torch.float32))
 
 def c_matrix(m):
     """The fields of a struct of that name, as the next ones."""

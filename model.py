@@ -89,7 +89,6 @@ def quantize(module, weight='weight', bias='bias'):
     """A module's matrix (N, K) as Int8, with its bias, in their place."""
     w, b = getattr(module, weight), getattr(module, bias, None)
     for name, value in ((weight, int8(w, b)), (bias, None)):
-        module.__dict__.pop(name, None)
         module._parameters.pop(name, None)
         setattr(module, name, value)
 
@@ -423,7 +422,7 @@ class Transformer(nn.Module):
             for block in self.blocks:
                 block.attn.quantize()
             for module in self.modules():
-                if isinstance(module, Linear) and hasattr(module.weight, 'requires_grad'):
+                if isinstance(module, Linear):
                     quantize(module)
         self.dtype = dtype
         return self.eval().requires_grad_(False)
@@ -437,7 +436,8 @@ class Transformer(nn.Module):
         None where the blocks have to run one operation at a time."""
         c, plain = self.config, dict(norm='dynk', active='threshold')
         if self not in FUSED:
-            blocks = self.ffns()[0].w_in.w.dtype == torch.uint8
+            blocks = (self.ffns()[0].w_in.w.dtype == torch.uint8
+                      and all(p.dtype == torch.float32 for p in self.parameters()))
             routed = not c.rule or plain.get(c.router_loss) == c.rule
             owned = any(n > 0 for n in c.n_outputs)
             fits = blocks and routed and not owned and c.n_embd % 8 == 0 == c.router_width % 8
@@ -453,6 +453,8 @@ class Transformer(nn.Module):
         if past + L > self.config.block_size:
             raise ValueError(f'{past + L} tokens do not fit into '
                              f'block_size={self.config.block_size}')
+        if attention_mask is not None and (cache or attention_mask.shape != idx.shape):
+            raise ValueError('attention_mask: is of the shape of idx, and goes with no cache')
         layout = Layout.of(attention_mask, B, L, self.config.causal)
         x = self.wte(idx) + self.wpe.weight[past:past + L]       # (B, L, D)
         if self.wtt is not None:
@@ -537,8 +539,7 @@ class Transformer(nn.Module):
                 lengths = layout.starts.diff().to(x.device)
                 ends = ends | ends[rows].repeat_interleave(lengths)
             goes, stays = ends.nonzero()[:, 0], (~ends).nonzero()[:, 0]
-            if len(goes):
-                done.append((place[goes], out[goes]))
+            done.append((place[goes], out[goes]))
             if not len(stays):
                 break
             if len(goes):
@@ -716,7 +717,7 @@ def projection_width(n_embd):
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
 
 def refuse_empty(layout):
-    if layout.index is not None and not layout.starts.diff().all():
+    if not layout.starts.diff().all():
         raise ValueError('a sequence without a token has no last hidden state')
 
 def census(layout, tap):
@@ -921,7 +922,8 @@ def load(where, n_classes=0, dtype='fp32'):
         gone = 'mlm', 'classifier', 'exits.'
         state = {k: v for k, v in state.items() if not k.startswith(gone)}
         D, config = config['n_embd'], config | dict(head='cls', n_classes=n_classes, pooler=True,
-                                                    exits=False, exit_tau=2.0)
+                                                    exits=False, exit_tau=2.0,
+                                                    calibration={})
         (data.get('data') or {}).pop('classes', None)            # they were others
         for name, n in dict(pooler=D, classifier=n_classes).items():
             state.setdefault(f'{name}.weight', torch.randn(n, D) * 0.02)

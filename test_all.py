@@ -459,12 +459,16 @@ def test_dispatcher(device, dtype, act, T, E, rho, want, monkeypatch):
     x = SimpleNamespace(shape=(T, 4), dtype=dtype, element_size=lambda: dtype.itemsize,
                         device=torch.device(kind), is_cpu=kind == 'cpu', is_cuda=kind == 'cuda')
     bundle = layer(T, [768 // E] * E, 1, act=act)[2]
+    bundle = bundle._replace(w_in=bundle.w_in.to(dtype))
     mask = (torch.arange(E) < round((rho or 0) * E)).repeat(T, 1)
     for have, answer in ((True, want), (None, 'torch' if kind == 'cpu' else 'dense')):
         monkeypatch.setattr(kernel, 'have_cpp', lambda: have)
         monkeypatch.setattr(kernel, 'triton', have)
         monkeypatch.setattr(kernel, 'gpu_target', lambda _: (device, 132, {}))
         assert kernel.choose(x, mask, bundle, rho) == answer
+        # autocast casts x alone
+        other = bundle._replace(w_in=bundle.w_in.double())
+        assert kind != 'cpu' or kernel.choose(x, mask, other, rho) == 'torch'
 
 # ---------------------------------------------------------------------------------------- Triton
 
@@ -1450,6 +1454,8 @@ def test_strings():
     (lambda: tiny(**CLS).generate('', 1), 'only a'),
     (lambda: tiny()(tokens(1, 13)), '13 tokens do not fit'),
     (lambda: tiny()(tokens(3, 12), ragged(12) & (tokens(3, 1) > 40), only=True), 'without a token'),
+    (lambda: tiny()(tokens(2, 6), ragged(6)[:1]), 'of the shape of idx'),
+    (lambda: tiny().encode(tokens(3, 6), ragged(6), cache=[kernel.LayerCache(9)] * 2), 'with no cache'),
     (lambda: tiny().quantize('int4'), 'dtype=int4'),
     (lambda: tiny().quantize('bf16').quantize('int8'), 'dtype=int8'),
     (lambda: routed(tiny(), kind='oracle').quantize('int8'), 'oracle needs')])
@@ -1872,7 +1878,8 @@ def as_rank(how, *folders):
 
 def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
     labelled = tmp_path / 'ragged.tsv'
-    labelled.write_text(''.join(f'{"ab"[i % 2]}\t{"word " * (1 + i * i % 13)}\n' for i in range(99)))
+    labelled.write_text(''.join(f'{"ab"[i % 2]}\t{"word " * (1 + i * i % 13)}\n'
+                                for i in range(99)))
     folders = [tmp_path / x for x in ('gpt', 'bert', 'exits')]
     more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
             '--masks_steps=20', '--attn_projections=qk', '--attn_steps=20', '--expert_price=0.1',
