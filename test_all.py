@@ -1544,7 +1544,7 @@ TINY = [*BASE[1:], '--preset=paper', '--sparsify_steps=8', '--router_steps=8', '
 
 def run(*args, out):
     """python train.py, in this process."""
-    return train.run(train.parse([*args, f'--out_dir={out}']))
+    return train.run(train.parse([*args, f'--out_dir={out}'], False))
 
 def refused(says, *args, job=run, error=M.BadInput, **options):
     """A command, or another job, that must fail, in one sentence."""
@@ -1595,7 +1595,6 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
     assert {name: options[name] for name in train.OURS} == train.OURS
     before = sorted(paper.iterdir())
     assert run(out=paper) and sorted(paper.iterdir()) == before
-    refused('was made with', '--preset=paper', out=out)
     refused('with active routers', '--router_loss=norm', out=tmp_path / 'new')
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
@@ -1783,7 +1782,7 @@ def test_computing_activations_again_changes_nothing(phase):
 def survive(argv):
     """A run that writes a checkpoint every step, in a process that is going to be killed."""
     train.SAVE_EVERY = 0
-    train.run(train.parse(argv))
+    train.run(train.parse(argv, False))
 
 # every phase but exits, which do not go with halting
 ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
@@ -1824,6 +1823,10 @@ def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path):
         out=tmp_path / 'hour')
     typed = dict(preset=M.read_checkpoint(tmp_path / 'hour/base.pt')['preset'])
     assert train.with_defaults(typed).router_width == 96
+    # a preset typed again gives way to the folder, what was typed does not
+    run('--phase=dense', '--preset=hour', '--sparsify_steps=1', out=tmp_path / 'hour')
+    assert M.read_checkpoint(tmp_path / 'hour/dense.pt')['options']['sparsify_lr'] == 5e-4
+    refused('made with 2', '--phase=dense', '--preset=hour', '--n_layer=6', out=tmp_path / 'hour')
 
 def as_rank(how, *folders):
     """One of two: each phase again, with half of the batch, sharded or not; or until this one

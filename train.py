@@ -83,8 +83,8 @@ PRESETS = {
                  base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
                  sparsify_lr=5e-4, adapt_steps=250, adapt_lr=5e-4, router_width=96),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
-    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0,
-                 block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
+    'gpt2': dict(out_dir='out-gpt2', arch='gpt', tokenizer='gpt2', init_from='gpt2',
+                 base_steps=0, block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
                  sparsify_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0,
                  n_experts=768, router_steps=5000, router_lr=3e-3, router_width=128),
     # the authors' settings for ReLU-fied BERT-base on emotion (CARER): 16,000 texts, so 250 steps
@@ -261,8 +261,8 @@ def cast(name, text, f):
                    f'--{name}={word}: must be one of {", ".join(filter(None, asks))}')
     return value
 
-def parse(argv):
-    """`--key=value` arguments, a preset's among them -> {option: value} of what was typed."""
+def parse(argv, presets=True):
+    """`--key=value` arguments -> {option: value} of what was typed, with `presets` of theirs."""
     known, typed = all_options(), {}
     for arg in argv:
         key, eq, text = arg.partition('=')
@@ -274,15 +274,12 @@ def parse(argv):
             hint = f'did you mean --{near[0]}?' if near else 'see --help'
             raise BadInput(f'--{name}: unknown option; {hint}')
         typed[name] = cast(name, text, known[name])
-    explicit, preset = set(typed), dict(PRESETS.get(typed.get('preset'), {}))
-    if 'n_experts' in typed:                # one excludes the other, a preset's too
+    explicit, preset = set(typed), PRESETS.get(typed.get('preset'), {})
+    if 'n_experts' in typed:                # one excludes the other
         typed.setdefault('expert_size', 0)
-    if typed.get('expert_size'):
-        preset.pop('n_experts', None)
-    typed = preset | typed
-    typed = implied(typed) | typed
+    typed = implied(preset | typed) | typed
     check(typed, explicit)
-    return typed
+    return preset | typed if presets else typed
 
 def implied(typed):
     """What --init_from and --data say of --arch and --tokenizer, where these are not typed."""
@@ -652,7 +649,7 @@ def resolve(name, typed, value, source, path):
            f'{path}: holds a checkpoint of another phase; give another place')
     here = siblings(os.path.dirname(path) or '.')
     others = [*here.values()][::-1]
-    values = vars(with_defaults(dict(preset=typed.get('preset', ''))))
+    values = vars(with_defaults(typed))
     # each says more than those before it
     for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
         values |= data.get('options', {})
@@ -1132,7 +1129,7 @@ def convert(name):
         for arg in rest:
             refuse(arg.startswith(('--phase=', '--out_dir=', '--seeds=')),
                    f'{arg}: goes from {source} to {path}; leave it out')
-        typed, value = dict(preset='paper') | parse([*rest, f'--phase={name}']), None
+        typed, value = dict(preset='paper') | parse([*rest, f'--phase={name}'], False), None
         if hasattr(PHASES[name], 'each'):   # untyped: the first of the default
             each = PHASES[name].each
             value = typed.setdefault(each, getattr(with_defaults(typed), each).split(',')[0])
@@ -1184,4 +1181,4 @@ if __name__ == '__main__':
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help()
     else:
-        guarded(lambda: run(parse(sys.argv[1:])))
+        guarded(lambda: run(parse(sys.argv[1:], False)))
