@@ -1210,7 +1210,10 @@ def test_distillation_by_hand(config, tmp_path):
     teacher = tiny(**config).requires_grad_(True)
     with torch.no_grad():
         teacher.wte.weight *= 1.5
-    M.save(teacher, tmp_path / 'dense.pt')
+    made = dict(phase='dense', steps=2, options={}, metrics={})
+    M.save(teacher, tmp_path / 'dense.pt', step=1, **made)
+    refused('stopped at step 1 of 2', phase, 'cpu', job=train.teacher_of)
+    M.save(teacher, tmp_path / 'dense.pt', step=2, **made)
     phase.teacher, notes = train.teacher_of(phase, 'cpu')
     assert notes['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
     phase.prepare(m, None)

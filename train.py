@@ -746,7 +746,9 @@ def reported(phase, model, corpus, o, typed, device):
     known = bench.read_results(phase.folder).get('config', vars(o))
     o.eval_batches = typed.get('eval_batches', known['eval_batches'])
     batches, dense = held_out(corpus, o, device), os.path.join(phase.folder, 'dense.pt')
-    phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
+    phase.dense = model
+    with contextlib.suppress(BadInput):     # not there, or not finished
+        phase.dense = build(read_phase(dense, unfinished=False), dense).to(device)
     return phase.report(model, batches[::max(1, len(batches) // 8)]) or {}
 
 def pick_device(o):
@@ -783,7 +785,8 @@ def teacher_of(phase, device):
     path = os.path.join(phase.folder, 'dense.pt')
     refuse(not os.path.isfile(path), f'--distil={phase.distil} learns from {path}, which is not '
            'there: make it with python train.py --phase=dense')
-    return load(path).to(device), dict(teacher=checkpoint_hash(path))
+    teacher = build(read_phase(path, unfinished=False), path)
+    return teacher.to(device), dict(teacher=checkpoint_hash(path))
 
 @torch.no_grad()
 def taught(batch, phase):
