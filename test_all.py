@@ -2042,8 +2042,11 @@ def test_a_source_that_is_gone_or_changed(text, tmp_path):
     os.remove(mine)
     # its tokens are in data.pt
     run('--phase=dense', '--sparsify_steps=2', out=tmp_path)
+    kept = (tmp_path / 'data.pt').read_bytes()
     mine.write_bytes(text.read_bytes() + b'edited')
     refused('changed since', '--phase=sparsify', out=tmp_path)
+    refused('learned from another', '--phase=eval', out=tmp_path)
+    assert (tmp_path / 'data.pt').read_bytes() == kept
     before = weights(tmp_path / 'base.pt')
     run('--phase=base', '--overwrite=1', out=tmp_path)
     assert not same(before, weights(tmp_path / 'base.pt'))

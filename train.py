@@ -423,9 +423,10 @@ def content_hash(files):
         digest.update(np.memmap(path, mode='r'))
     return digest.hexdigest()[:16]
 
-def open_corpus(o, folder):
+def open_corpus(o, folder, made=None):
     """--data as tokens, encoded once into folder/data.pt, where they are found again even if the
-    source is gone."""
+    source is gone; which stays, where a checkpoint `made` from it has not learned from the new one.
+    """
     bins = [os.path.join(o.data, name) for name in ('train.bin', 'val.bin')]
     if os.path.isfile(bins[0]):             # nanoGPT's folder, used where it is
         refuse(not all(os.path.isfile(f) and os.path.getsize(f) for f in bins),
@@ -447,7 +448,8 @@ def open_corpus(o, folder):
                f'--data={o.data}{f", --val={o.val}" * bool(o.val)}: no such file, no texts in it, '
                f'or empty{other}')
         known = encode(o, files) | dict(wanted=wanted)
-        write_atomically(path, lambda temporary: torch.save(known, temporary))
+        if not made or made['data']['hash'] == known['about']['hash']:      # else it is refused
+            write_atomically(path, lambda temporary: torch.save(known, temporary))
     known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
     if o.arch == 'bert':
         for name in ('train', 'val'):
@@ -455,11 +457,11 @@ def open_corpus(o, folder):
             known[name] = Rows(texts, known[f'{name}_classes'])
     return checked(o, Corpus(known['train'], known['val'], known['about']))
 
-def open_in_turn(o, folder):
+def open_in_turn(o, folder, made=None):
     """open_corpus: the first rank encodes, the others map its file."""
     if ranks()[0]:
         wait_for_all()
-    corpus = open_corpus(o, folder)
+    corpus = open_corpus(o, folder, made)
     if not ranks()[0]:
         wait_for_all()
     return corpus
@@ -701,7 +703,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         check_writable(path, make_folder=True)
     looks = steps or getattr(phase, 'looks', False) or hasattr(phase, 'report')
     if not parent or looks and not done:    # what the base learned from must not have changed
-        corpus = open_in_turn(o, phase.folder)
+        corpus = open_in_turn(o, phase.folder, parent or not o.overwrite and own)
         learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
             refuse(parent or not o.overwrite, f'--data={o.data}: changed since {source or path} '
@@ -997,7 +999,7 @@ def evaluation(typed, paths=()):
     o = with_defaults(entries[-1].data['options'] | dense
                       | dict(eval_batches=before['eval_batches']) | typed)
     check_writable(os.path.join(folder, 'results.json'))
-    corpus, device = open_in_turn(o, folder), pick_device(o)
+    corpus, device = open_in_turn(o, folder, entries[0].data), pick_device(o)
     for e in entries:
         refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
                f'--data={o.data}: {e.path} learned from another')
