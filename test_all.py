@@ -2058,8 +2058,11 @@ def test_folders_of_texts_and_of_tokens(tmp_path):
     (folder.parent / 'b.txt').write_text('second' * 50)
     (folder / 'binary').write_bytes(b'\0' * 99)
     o = train.with_defaults(dict(data=str(folder.parent), block_size=8))
-    corpus = train.open_corpus(o, tmp_path)
-    assert len(corpus.train) + len(corpus.val) == 13 * 50 + 1 + 6 * 50
+    (inside := folder / 'out').mkdir()
+    for out in (inside, tmp_path, inside):  # what a run writes there is no text
+        corpus = train.open_corpus(o, out)
+        assert len(corpus.train) + len(corpus.val) == 13 * 50 + 1 + 6 * 50
+        (inside / 'results.json').write_text('{}')
     for name, n in (('train', 200), ('val', 301)):
         np.arange(n, dtype=np.uint16).tofile(tmp_path / f'{name}.bin')
     o.data = str(tmp_path)

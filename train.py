@@ -414,7 +414,11 @@ def text_files(source):
                  if not left_out & set(os.path.relpath(f, STDLIB).split(os.sep)[:-1])]
     else:
         found = [source, *glob.glob(os.path.join(glob.escape(source), '**', '*'), recursive=True)]
-        found = [f for f in found if os.path.isfile(f) and b'\0' not in open(f, 'rb').read(8192)]
+        # a run inside would read what it writes
+        ours = {folder for folder, name in map(os.path.split, found)
+                if name in ('data.pt', 'base.pt', 'seeds.json')}
+        found = [f for f in found if os.path.isfile(f) and os.path.dirname(f) not in ours
+                 and b'\0' not in open(f, 'rb').read(8192)]
     return sorted(found)
 
 def content_hash(files):
