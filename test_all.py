@@ -1810,7 +1810,9 @@ def test_killed_ten_times_is_never_killed(labelled, tmp_path):
         assert M.checkpoint_hash(path) == M.checkpoint_hash(path.replace('whole', 'killed'))
 
 def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
+    (left := finished[0] / 'base.pt.7.tmp').write_bytes(b'of a run that was killed')
     with train.locked(finished[0]):
+        assert not left.exists()
         refused('another run is at work', '--phase=eval', out=finished[0])
     def stopped():
         raise KeyboardInterrupt('stopped', 128 + signal.SIGTERM)

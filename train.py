@@ -1123,6 +1123,9 @@ def locked(folder):
             except BlockingIOError:
                 raise BadInput(f'--out_dir={folder}: another run is at work there; wait for it, or '
                                'give another') from None
+            # by who was killed
+            for left in glob.glob(os.path.join(glob.escape(folder), '*.pt.[0-9]*.tmp')):
+                os.remove(left)
         yield
 
 def convert(name):
