@@ -2005,6 +2005,9 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     run('--phase=sample', '--n_tokens=5', '--tau=0.2', '--rule=topk', out=out)
     assert 'router norm, rule topk, tau 0.2' in capsys.readouterr().out
     refused('share', '--phase=sample', '--router_loss=share', out=out)
+    for option, says in (('--router_loss=norm,active', 'one of them'), ('--floor=0', 'rule dynk'),
+                         ('--budget=0.9', '--tau: --budget, ')):
+        refused(says, '--phase=sample', '--router_loss=active', '--tau=0.1', option, out=out)
     pytest.importorskip('transformers', reason='export writes through transformers')
     run('--phase=export', f'--to={tmp_path / "there"}', '--tau=0.3', out=out)
     ours = M.load(tmp_path / 'there')

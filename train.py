@@ -1018,6 +1018,7 @@ def chosen(typed, device):
     here = siblings(o.out_dir)
     kinds = {path: data['config']['router_loss'] for path, data in here.items()}
     paths = [path for path, kind in kinds.items() if asked in (None, kind)]
+    refuse(',' in (asked or ''), f'--router_loss={asked}: --phase={o.phase} takes one of them')
     refuse(not paths, f'--phase={o.phase} finds no checkpoint in --out_dir={o.out_dir} (of '
            f'--router_loss={o.router_loss}): run python train.py first')
     known = {checkpoint_hash(path) for path in here}
@@ -1030,10 +1031,12 @@ def chosen(typed, device):
     refuse(ruled and not kind,
            f'--{min(ruled, default="")}: {path} has no routers yet; run --phase=router first')
     if o.budget or o.max_loss:
+        refuse(ruled, f'--{min(ruled, default="")}: --budget, --max_loss choose it; leave it out')
         model.budget(o.budget or None, o.max_loss or None)
         print(f'{path}: tau of every MLP {" ".join(map(str, model.config.taus))}')
     elif kind and (ruled or o.phase == 'sample'):
         rule = o.rule or ROUTERS[kind].rule
+        refuse('floor' in typed and rule != 'dynk', f'--floor: is of rule dynk, not {rule}')
         usual = model.config.tau if model.config.rule == rule else 0.1
         model.set_rule(rule, usual if o.tau is None else o.tau, o.floor)
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
