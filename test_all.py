@@ -1543,7 +1543,7 @@ def test_export_and_in_again(kind, config, owners, hub, tmp_path):
 BASE = ['--phase=base', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
         '--batch_size=4', '--base_steps=12']
 TINY = [*BASE[1:], '--preset=paper', '--sparsify_steps=8', '--router_steps=8', '--n_experts=16',
-        '--router_width=8', '--eval_batches=2', '--attn_steps=8']
+        '--router_width=8', '--eval_batches=2']
 
 def run(*args, out):
     """python train.py, in this process."""
@@ -1586,8 +1586,9 @@ def finished(text, tmp_path_factory):
 @pytest.fixture(scope='session')
 def finished_bert(labelled, tmp_path_factory):
     out = tmp_path_factory.mktemp('bert') / 'out'
-    return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--dropout=0.1',
-                    '--activation=gelu', '--expert_price=0.3', '--adapt_steps=8', out=out)
+    return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--attn_steps=8',
+                    '--dropout=0.1', '--activation=gelu', '--expert_price=0.3', '--adapt_steps=8',
+                    out=out)
 
 def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_path):
     out, paper = tmp_path / 'out', finished[0]
@@ -1599,6 +1600,8 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
     before = sorted(paper.iterdir())
     assert run(out=paper) and sorted(paper.iterdir()) == before
     refused('with active routers', '--router_loss=norm', out=tmp_path / 'new')
+    for option in ('--prune_by=output', '--adapt_lr=0.3'):
+        refused('no phase', '--preset=paper', option, out=tmp_path / 'new')
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',
@@ -1789,8 +1792,8 @@ def survive(argv):
 
 # every phase but exits, which do not go with halting
 ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
-       '--attn_projections=qk', '--router_loss=active', '--expert_price=0.3', '--adapt_steps=5',
-       '--n_masks=3', '--masks_steps=5', '--distil=0.5']
+       '--attn_projections=qk', '--attn_steps=8', '--router_loss=active', '--expert_price=0.3',
+       '--adapt_steps=5', '--n_masks=3', '--masks_steps=5', '--distil=0.5']
 
 def test_killed_ten_times_is_never_killed(labelled, tmp_path):
     context, argv = multiprocessing.get_context('forkserver'), [*TINY, f'--data={labelled}', *ALL]
@@ -1867,12 +1870,12 @@ def test_two_ranks_learn_what_one_does(text, labelled, tmp_path, capsys):
     folders = [tmp_path / x for x in ('gpt', 'bert', 'exits')]
     more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
             '--masks_steps=20', '--attn_projections=qk', '--attn_steps=20', '--expert_price=0.1',
-            '--adapt_steps=20', '--halting_steps=20', '--exits_steps=20']
+            '--adapt_steps=20']
     tiny = [re.sub(r'steps=\d+', 'steps=20', option) for option in TINY]
     run(*tiny, *more, '--router_loss=active,share', f'--data={text}', out=folders[0])
-    few = [*tiny, more[0], more[1], *more[-4:], f'--data={labelled}', '--router_loss=active']
-    run(*few, '--halting=1', out=folders[1])
-    run(*few, '--exits=1', out=folders[2])
+    few = [*tiny, more[0], more[1], *more[-2:], f'--data={labelled}', '--router_loss=active']
+    run(*few, '--halting=1', '--halting_steps=20', out=folders[1])
+    run(*few, '--exits=1', '--exits_steps=20', out=folders[2])
     shown = r'(\w+) +step 20/20 +loss ([\d.]+)'
     one = re.findall(shown, capsys.readouterr().out)
     assert {name for name, _ in one} == {*train.PHASES} - {'moefy'}
@@ -2407,7 +2410,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     chosen = {method: about for method, about in bench.METHODS.items() if method in wanted}
     chosen['small', ''] = (), 'base dense', '--n_embd=16'
     monkeypatch.setattr(bench, 'METHODS', chosen)
-    tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
+    tiny = [a for a in TINY if not a.startswith('--n_experts')]
     o = bench.options().parse_args([
         '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2',
         '--plot', str(tmp_path / 'p.png')])

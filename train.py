@@ -1096,6 +1096,11 @@ def run(typed):
         export(model, o.to)
         return print(f'{o.to}: load() reads {path} from it, with its routing; transformers a '
                      'dense model, unless projections are MLPs')
+    for name, cls in PHASES.items() if o.phase == 'all' else ():
+        wanted, made = getattr(cls, 'wanted', ''), os.path.join(o.out_dir, f'{cls.writes}.pt')
+        idle = typed.keys() & own_options(name).keys() - {wanted, *own_options('sparsify')}
+        refuse(idle and wanted and not getattr(o, wanted) and not os.path.exists(made),
+               f'--{min(idle, default="")}: no phase {name} without --{wanted}; leave it out')
     if o.phase in ('all', 'base'):
         check_writable(os.path.join(o.out_dir, 'base.pt'), make_folder=True)
     with locked(o.out_dir):
