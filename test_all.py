@@ -2115,6 +2115,7 @@ def test_sparsify_keeps_its_rate_for_adapt(text, tmp_path, monkeypatch):
         '--adapt_steps=5', '--lr_end=1', '--expert_price=0.1', '--router_loss=active', out=tmp_path)
     # dense has as many steps as sparsify
     assert [*dict.fromkeys(ends)] == [(2, 0.1), (3, 0.1), (3, 1.0), (4, 0.1), (5, 0.1)]
+    assert train.with_defaults(dict(expert_price=0.0)).lr_end == 0.1             # without adapt
 
 def test_sample_takes_what_is_adapted_once_it_is_finished(spoiled):
     adapted, typed = spoiled / 'adapted.pt', dict(out_dir=str(spoiled), phase='sample')

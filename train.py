@@ -293,7 +293,10 @@ def is_labelled(source):
 
 def with_defaults(typed):
     usual = {option: f.default for option, f in all_options().items()}
-    return SimpleNamespace(**usual | PRESETS.get(typed.get('preset'), OURS) | typed)
+    usual |= PRESETS.get(typed.get('preset'), OURS)
+    if typed.get('expert_price') == 0:      # no adapt lowers the rate
+        usual['lr_end'] = Sparsify.lr_end
+    return SimpleNamespace(**usual | typed)
 
 def first_folder(o):
     """Where the first of several seeds, or the only one, keeps its checkpoints."""
