@@ -1614,6 +1614,8 @@ def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     for taught in (pruned, sparse):
         assert taught['metrics']['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
     assert sparse['parent'] == M.checkpoint_hash(tmp_path / 'pruned.pt')
+    shutil.copy(tmp_path / 'base.pt', tmp_path / 'dense.pt')
+    refused('learned from another', '--phase=sparsify', out=tmp_path)
     # the pruned FFN is counted as what it is
     share = 1 - 0.25 * dense.flops(16)['mlp'] / dense.flops(16)['total']
     assert rows[1]['flops'] == pytest.approx(share, abs=0.01)

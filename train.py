@@ -682,6 +682,10 @@ def resolve(name, typed, value, source, path):
                if option in mine and values[option] != had]
     if own and parent and own['parent'] != checkpoint_hash(source):
         changed.append(f'{path} was made from another {source}')
+    taught = own.get('metrics', {}).get('teacher')
+    dense = os.path.join(os.path.dirname(source or path), 'dense.pt')
+    if taught and os.path.isfile(dense) and taught != checkpoint_hash(dense):
+        changed.append(f'{path} learned from another {dense}')
     if changed:
         refuse(not typed.get('overwrite'), f'{changed[0]}; keep to that, use another --out_dir, '
                'or run the phase again with --overwrite=1')
