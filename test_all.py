@@ -1748,30 +1748,37 @@ terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
 @contextlib.contextmanager
 def stopping(at, stop=terminate):
     """Whatever learns in here is stopped in this step."""
-    def get_batch(*args):
-        if args[3] == at:
+    def gradient(*args):
+        if args[-1] == at:
             stop()
         return real(*args)
-    real = train.get_batch
+    real = train.gradient
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'get_batch', get_batch)
+        patch.setattr(train, 'gradient', gradient)
         yield
 
-@pytest.mark.parametrize('phase', ['base', 'dense', 'attn', 'sparsify', 'router', 'adapt'])
+# what says so of the optional ones, of which all but adapt are not in the finished folder
+ASKED = dict(adapt=['--expert_price=0.3', '--adapt_steps=8']) | {
+    name: [f'--{wanted}', f'--{name}_steps=8', '--overwrite=1'] for name, wanted in dict(
+        prune='prune=0.25', masks='n_masks=3', halting='halting=1', exits='exits=1').items()}
+
+@pytest.mark.parametrize('phase', ['base', 'dense', 'attn', 'sparsify', 'router', *ASKED])
 # killed before the first step was saved, or asked to stop in the third
 @pytest.mark.parametrize('at, stop', [(0, lambda: 1 / 0), (3, terminate)])
 def test_resumed_is_uninterrupted(finished_bert, phase, at, stop, tmp_path, capsys):
-    out = shutil.copytree(finished_bert[0], tmp_path / 'copy')
-    file = f'{train.PHASES[phase].writes}.pt'
-    os.remove(out / file)
-    # nothing was made from it that would still say so
-    asked = ['--expert_price=0.3', '--adapt_steps=8'] if phase == 'adapt' else []
-    with stopping(max(0, at - 1), stop), pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+    out, asked = shutil.copytree(finished_bert[0], tmp_path / 'copy'), ASKED.get(phase, [])
+    file = out / f'{train.PHASES[phase].writes}.pt'
+    if not file.exists():
         run(f'--phase={phase}', *asked, out=out)
-    assert M.read_checkpoint(out / file)['step'] == at
+    whole = M.checkpoint_hash(file)
+    os.remove(file)
+    with stopping(max(0, at - 1), stop), pytest.raises((KeyboardInterrupt, ZeroDivisionError)) as e:
+        run(f'--phase={phase}', *asked, out=out)
+    assert ('without --overwrite' in str(e.value)) == ('--overwrite=1' in asked and at > 0)
+    assert M.read_checkpoint(file)['step'] == at
     run(f'--phase={phase}', out=out)
     assert f'going on at step {at} of' in capsys.readouterr().out
-    assert M.checkpoint_hash(out / file) == M.checkpoint_hash(finished_bert[0] / file)
+    assert M.checkpoint_hash(file) == whole
 
 @pytest.mark.parametrize('phase', [train.Base(), sparsify.Sparsify(), R.LearnHalting()])
 def test_computing_activations_again_changes_nothing(phase):

@@ -925,8 +925,7 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
         whole.load_state_dict(own['model'])
-    whole.train()
-    model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
+    model, parameters = whole.train(), [p.requires_grad_(True) for p in phase.parameters(whole)]
     # forward, and twice that backward; what is frozen is small enough for one device
     passes = 3 if len(parameters) == len([*whole.parameters()]) else 1
     if o.fsdp and passes == 3:
@@ -973,8 +972,9 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
                 saved = now
             stopped = [*came, signal.SIGTERM][0] if stop else 0
             if done < steps and stopped:
+                but = ' without --overwrite=1' * (o.overwrite and o.phase == name)
                 raise KeyboardInterrupt(f'{name} stopped at step {done} of {steps}; the same '
-                                        'command goes on from there', 128 + stopped)
+                                        f'command{but} goes on from there', 128 + stopped)
     gather(model, whole)
     whole.to(device).eval().requires_grad_(False)
     return stopped
