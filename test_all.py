@@ -2199,9 +2199,11 @@ def test_scripts(finished, tmp_path):
             (2, ['moefy', moe, str(tmp_path / 'x.pt')], 'of phase moefy'),
             (2, ['train', '--phase=nothing'], 'error: --phase=nothing: must be all'),
             (2, ['bench', '--impl=triton'], 'needs triton and a GPU'),
+            (0, ['train', '--phase=sample', '--prompt=π', '--n_tokens=0',
+                 f'--out_dir={finished[0]}'], '?\n'),
             (0, ['train', '--help'], 'share of the run over which')]:
         done = subprocess.run([sys.executable, f'{args[0]}.py', *args[1:]], text=True, cwd=HERE,
-                              capture_output=True)
+                              capture_output=True, env=os.environ | dict(PYTHONIOENCODING='ascii'))
         said = done.stdout + done.stderr
         assert done.returncode == code and says in said and 'Traceback' not in said, said
     c = M.load(active).config

@@ -114,7 +114,7 @@ class Command:
     overwrite: bool = False                 # run phases again whose options or input changed
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'
-    compile: bool = False                   # torch.compile in base, dense and sparsify
+    compile: bool = False                   # torch.compile in every phase that learns
     fsdp: bool = False                      # under torchrun: each rank keeps a part of the blocks
     checkpoint_activations: bool = False    # blocks compute again what they would have to keep
     profile: bool = False                   # a table of a few steps, and OUT_DIR/PHASE-trace.json
@@ -1185,8 +1185,10 @@ def guarded(job):
     """Run it; what the user can mend ends in one sentence and a non-zero exit, no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     first = join()
+    sys.stdout.reconfigure(errors='replace')                     # what a terminal cannot show
     try:
         job()
+        sys.stdout.flush()
         if ranks()[1] > 1:                  # their threads may not outlive the interpreter
             wait_for_all()
             dist.destroy_process_group()
@@ -1199,6 +1201,9 @@ def guarded(job):
         if first():
             print(f'\n{sentence}', file=sys.stderr)
         sys.exit(code)
+    except BrokenPipeError:                 # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception:                       # of the others it is only that one is gone
         if first():
             raise
