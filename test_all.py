@@ -1220,7 +1220,10 @@ def test_distillation_by_hand(config, tmp_path):
     teacher = tiny(**config).requires_grad_(True)
     with torch.no_grad():
         teacher.wte.weight *= 1.5
-    M.save(teacher, tmp_path / 'dense.pt')
+    made = dict(phase='dense', steps=2, options={}, metrics={})
+    M.save(teacher, tmp_path / 'dense.pt', step=1, **made)
+    refused('stopped at step 1 of 2', phase, 'cpu', job=train.teacher_of)
+    M.save(teacher, tmp_path / 'dense.pt', step=2, **made)
     phase.teacher, notes = train.teacher_of(phase, 'cpu')
     assert notes['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
     phase.prepare(m, None)
@@ -1552,11 +1555,11 @@ def test_export_and_in_again(kind, config, owners, hub, tmp_path):
 BASE = ['--phase=base', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32',
         '--batch_size=4', '--base_steps=12']
 TINY = [*BASE[1:], '--preset=paper', '--sparsify_steps=8', '--router_steps=8', '--n_experts=16',
-        '--router_width=8', '--eval_batches=2', '--attn_steps=8']
+        '--router_width=8', '--eval_batches=2']
 
 def run(*args, out):
     """python train.py, in this process."""
-    return train.run(train.parse([*args, f'--out_dir={out}']))
+    return train.run(train.parse([*args, f'--out_dir={out}'], False))
 
 def refused(says, *args, job=run, error=M.BadInput, **options):
     """A command, or another job, that must fail, in one sentence."""
@@ -1595,8 +1598,9 @@ def finished(text, tmp_path_factory):
 @pytest.fixture(scope='session')
 def finished_bert(labelled, tmp_path_factory):
     out = tmp_path_factory.mktemp('bert') / 'out'
-    return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--dropout=0.1',
-                    '--activation=gelu', '--expert_price=0.3', '--adapt_steps=8', out=out)
+    return out, run(*TINY, f'--data={labelled}', '--attn_projections=qo', '--attn_steps=8',
+                    '--dropout=0.1', '--activation=gelu', '--expert_price=0.3', '--adapt_steps=8',
+                    out=out)
 
 def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_path):
     out, paper = tmp_path / 'out', finished[0]
@@ -1607,8 +1611,9 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
     assert {name: options[name] for name in train.OURS} == train.OURS
     before = sorted(paper.iterdir())
     assert run(out=paper) and sorted(paper.iterdir()) == before
-    refused('was made with', '--preset=paper', out=out)
     refused('with active routers', '--router_loss=norm', out=tmp_path / 'new')
+    for option in ('--prune_by=output', '--adapt_lr=0.3'):
+        refused('no phase', '--preset=paper', option, out=tmp_path / 'new')
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',
@@ -1623,6 +1628,8 @@ def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     for taught in (pruned, sparse):
         assert taught['metrics']['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
     assert sparse['parent'] == M.checkpoint_hash(tmp_path / 'pruned.pt')
+    shutil.copy(tmp_path / 'base.pt', tmp_path / 'dense.pt')
+    refused('learned from another', '--phase=sparsify', out=tmp_path)
     # the pruned FFN is counted as what it is
     share = 1 - 0.25 * dense.flops(16)['mlp'] / dense.flops(16)['total']
     assert rows[1]['flops'] == pytest.approx(share, abs=0.01)
@@ -1759,30 +1766,37 @@ terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
 @contextlib.contextmanager
 def stopping(at, stop=terminate):
     """Whatever learns in here is stopped in this step."""
-    def get_batch(*args):
-        if args[3] == at:
+    def gradient(*args):
+        if args[-1] == at:
             stop()
         return real(*args)
-    real = train.get_batch
+    real = train.gradient
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'get_batch', get_batch)
+        patch.setattr(train, 'gradient', gradient)
         yield
 
-@pytest.mark.parametrize('phase', ['base', 'dense', 'attn', 'sparsify', 'router', 'adapt'])
+# what says so of the optional ones, of which all but adapt are not in the finished folder
+ASKED = dict(adapt=['--expert_price=0.3', '--adapt_steps=8']) | {
+    name: [f'--{wanted}', f'--{name}_steps=8', '--overwrite=1'] for name, wanted in dict(
+        prune='prune=0.25', masks='n_masks=3', halting='halting=1', exits='exits=1').items()}
+
+@pytest.mark.parametrize('phase', ['base', 'dense', 'attn', 'sparsify', 'router', *ASKED])
 # killed before the first step was saved, or asked to stop in the third
 @pytest.mark.parametrize('at, stop', [(0, lambda: 1 / 0), (3, terminate)])
 def test_resumed_is_uninterrupted(finished_bert, phase, at, stop, tmp_path, capsys):
-    out = shutil.copytree(finished_bert[0], tmp_path / 'copy')
-    file = f'{train.PHASES[phase].writes}.pt'
-    os.remove(out / file)
-    # nothing was made from it that would still say so
-    asked = ['--expert_price=0.3', '--adapt_steps=8'] if phase == 'adapt' else []
-    with stopping(max(0, at - 1), stop), pytest.raises((KeyboardInterrupt, ZeroDivisionError)):
+    out, asked = shutil.copytree(finished_bert[0], tmp_path / 'copy'), ASKED.get(phase, [])
+    file = out / f'{train.PHASES[phase].writes}.pt'
+    if not file.exists():
         run(f'--phase={phase}', *asked, out=out)
-    assert M.read_checkpoint(out / file)['step'] == at
+    whole = M.checkpoint_hash(file)
+    os.remove(file)
+    with stopping(max(0, at - 1), stop), pytest.raises((KeyboardInterrupt, ZeroDivisionError)) as e:
+        run(f'--phase={phase}', *asked, out=out)
+    assert ('without --overwrite' in str(e.value)) == ('--overwrite=1' in asked and at > 0)
+    assert M.read_checkpoint(file)['step'] == at
     run(f'--phase={phase}', out=out)
     assert f'going on at step {at} of' in capsys.readouterr().out
-    assert M.checkpoint_hash(out / file) == M.checkpoint_hash(finished_bert[0] / file)
+    assert M.checkpoint_hash(file) == whole
 
 @pytest.mark.parametrize('phase', [train.Base(), sparsify.Sparsify(), R.LearnHalting()])
 def test_computing_activations_again_changes_nothing(phase):
@@ -1801,12 +1815,12 @@ def test_computing_activations_again_changes_nothing(phase):
 def survive(argv):
     """A run that writes a checkpoint every step, in a process that is going to be killed."""
     train.SAVE_EVERY = 0
-    train.run(train.parse(argv))
+    train.run(train.parse(argv, False))
 
 # every phase but exits, which do not go with halting
 ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
-       '--attn_projections=qk', '--router_loss=active', '--expert_price=0.3', '--adapt_steps=5',
-       '--n_masks=3', '--masks_steps=5', '--distil=0.5']
+       '--attn_projections=qk', '--attn_steps=8', '--router_loss=active', '--expert_price=0.3',
+       '--adapt_steps=5', '--n_masks=3', '--masks_steps=5', '--distil=0.5']
 
 def test_killed_ten_times_is_never_killed(labelled, tmp_path):
     context, argv = multiprocessing.get_context('forkserver'), [*TINY, f'--data={labelled}', *ALL]
@@ -1826,7 +1840,9 @@ def test_killed_ten_times_is_never_killed(labelled, tmp_path):
         assert M.checkpoint_hash(path) == M.checkpoint_hash(path.replace('whole', 'killed'))
 
 def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
+    (left := finished[0] / 'base.pt.7.tmp').write_bytes(b'of a run that was killed')
     with train.locked(finished[0]):
+        assert not left.exists()
         refused('another run is at work', '--phase=eval', out=finished[0])
     def stopped():
         raise KeyboardInterrupt('stopped', 128 + signal.SIGTERM)
@@ -1842,6 +1858,10 @@ def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path):
         out=tmp_path / 'hour')
     typed = dict(preset=M.read_checkpoint(tmp_path / 'hour/base.pt')['preset'])
     assert train.with_defaults(typed).router_width == 96
+    # a preset typed again gives way to the folder, what was typed does not
+    run('--phase=dense', '--preset=hour', '--sparsify_steps=1', out=tmp_path / 'hour')
+    assert M.read_checkpoint(tmp_path / 'hour/dense.pt')['options']['sparsify_lr'] == 5e-4
+    refused('made with 2', '--phase=dense', '--preset=hour', '--n_layer=6', out=tmp_path / 'hour')
 
 def as_rank(how, *folders):
     """One of two: each phase again, with half of the batch, sharded or not; or until this one
@@ -1883,12 +1903,12 @@ def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
     folders = [tmp_path / x for x in ('gpt', 'bert', 'exits')]
     more = ['--batch_size=4', '--distil=0.5', '--prune=0.25', '--prune_steps=20', '--n_masks=3',
             '--masks_steps=20', '--attn_projections=qk', '--attn_steps=20', '--expert_price=0.1',
-            '--adapt_steps=20', '--halting_steps=20', '--exits_steps=20']
+            '--adapt_steps=20']
     tiny = [re.sub(r'steps=\d+', 'steps=20', option) for option in TINY]
     run(*tiny, *more, '--router_loss=active,share', f'--data={text}', out=folders[0])
-    few = [*tiny, more[0], more[1], *more[-4:], f'--data={labelled}', '--router_loss=active']
-    run(*few, '--halting=1', out=folders[1])
-    run(*few, '--exits=1', out=folders[2])
+    few = [*tiny, more[0], more[1], *more[-2:], f'--data={labelled}', '--router_loss=active']
+    run(*few, '--halting=1', '--halting_steps=20', out=folders[1])
+    run(*few, '--exits=1', '--exits_steps=20', out=folders[2])
     shown = r'(\w+) +step 20/20 +loss ([\d.]+)'
     one = re.findall(shown, capsys.readouterr().out)
     assert {name for name, _ in one} == {*train.PHASES} - {'moefy'}
@@ -2024,6 +2044,9 @@ def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     run('--phase=sample', '--n_tokens=5', '--tau=0.2', '--rule=topk', out=out)
     assert 'router norm, rule topk, tau 0.2' in capsys.readouterr().out
     refused('share', '--phase=sample', '--router_loss=share', out=out)
+    for option, says in (('--router_loss=norm,active', 'one of them'), ('--floor=0', 'rule dynk'),
+                         ('--budget=0.9', '--tau: --budget, ')):
+        refused(says, '--phase=sample', '--router_loss=active', '--tau=0.1', option, out=out)
     pytest.importorskip('transformers', reason='export writes through transformers')
     run('--phase=export', f'--to={tmp_path / "there"}', '--tau=0.3', out=out)
     ours = M.load(tmp_path / 'there')
@@ -2066,8 +2089,11 @@ def test_a_source_that_is_gone_or_changed(text, tmp_path):
     os.remove(mine)
     # its tokens are in data.pt
     run('--phase=dense', '--sparsify_steps=2', out=tmp_path)
+    kept = (tmp_path / 'data.pt').read_bytes()
     mine.write_bytes(text.read_bytes() + b'edited')
     refused('changed since', '--phase=sparsify', out=tmp_path)
+    refused('learned from another', '--phase=eval', out=tmp_path)
+    assert (tmp_path / 'data.pt').read_bytes() == kept
     before = weights(tmp_path / 'base.pt')
     run('--phase=base', '--overwrite=1', out=tmp_path)
     assert not same(before, weights(tmp_path / 'base.pt'))
@@ -2079,8 +2105,11 @@ def test_folders_of_texts_and_of_tokens(tmp_path):
     (folder.parent / 'b.txt').write_text('second' * 50)
     (folder / 'binary').write_bytes(b'\0' * 99)
     o = train.with_defaults(dict(data=str(folder.parent), block_size=8))
-    corpus = train.open_corpus(o, tmp_path)
-    assert len(corpus.train) + len(corpus.val) == 13 * 50 + 1 + 6 * 50
+    (inside := folder / 'out').mkdir()
+    for out in (inside, tmp_path, inside):  # what a run writes there is no text
+        corpus = train.open_corpus(o, out)
+        assert len(corpus.train) + len(corpus.val) == 13 * 50 + 1 + 6 * 50
+        (inside / 'results.json').write_text('{}')
     for name, n in (('train', 200), ('val', 301)):
         np.arange(n, dtype=np.uint16).tofile(tmp_path / f'{name}.bin')
     o.data = str(tmp_path)
@@ -2125,6 +2154,7 @@ def test_sparsify_keeps_its_rate_for_adapt(text, tmp_path, monkeypatch):
         '--adapt_steps=5', '--lr_end=1', '--expert_price=0.1', '--router_loss=active', out=tmp_path)
     # dense has as many steps as sparsify
     assert [*dict.fromkeys(ends)] == [(2, 0.1), (3, 0.1), (3, 1.0), (4, 0.1), (5, 0.1)]
+    assert train.with_defaults(dict(expert_price=0.0)).lr_end == 0.1             # without adapt
 
 def test_sample_takes_what_is_adapted_once_it_is_finished(spoiled):
     adapted, typed = spoiled / 'adapted.pt', dict(out_dir=str(spoiled), phase='sample')
@@ -2199,9 +2229,11 @@ def test_scripts(finished, tmp_path):
             (2, ['moefy', moe, str(tmp_path / 'x.pt')], 'of phase moefy'),
             (2, ['train', '--phase=nothing'], 'error: --phase=nothing: must be all'),
             (2, ['bench', '--impl=triton'], 'needs triton and a GPU'),
+            (0, ['train', '--phase=sample', '--prompt=π', '--n_tokens=0',
+                 f'--out_dir={finished[0]}'], '?\n'),
             (0, ['train', '--help'], 'share of the run over which')]:
         done = subprocess.run([sys.executable, f'{args[0]}.py', *args[1:]], text=True, cwd=HERE,
-                              capture_output=True)
+                              capture_output=True, env=os.environ | dict(PYTHONIOENCODING='ascii'))
         said = done.stdout + done.stderr
         assert done.returncode == code and says in said and 'Traceback' not in said, said
     c = M.load(active).config
@@ -2436,7 +2468,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     chosen = {method: about for method, about in bench.METHODS.items() if method in wanted}
     chosen['small', ''] = (), 'base dense', '--n_embd=16'
     monkeypatch.setattr(bench, 'METHODS', chosen)
-    tiny = [a for a in TINY if not a.startswith(('--n_experts', '--attn'))]
+    tiny = [a for a in TINY if not a.startswith('--n_experts')]
     o, rest = bench.options().parse_known_args([
         '--suite', 'methods', '--data', str(text), '--out_dir', str(tmp_path), '--seeds', '2',
         '--plot', str(tmp_path / 'p.png'), '--seed=3'])

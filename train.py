@@ -83,8 +83,8 @@ PRESETS = {
                  base_steps=900, sparsify_steps=250, router_steps=300, base_lr=1e-3,
                  sparsify_lr=5e-4, adapt_steps=250, adapt_lr=5e-4, router_width=96),
     # the authors' settings for GPT-2 on OpenWebText: 1000 steps of 960 x 1024 tokens, 768 x 4
-    'gpt2': dict(out_dir='out-gpt2', tokenizer='gpt2', init_from='gpt2', base_steps=0,
-                 block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
+    'gpt2': dict(out_dir='out-gpt2', arch='gpt', tokenizer='gpt2', init_from='gpt2',
+                 base_steps=0, block_size=1024, batch_size=8, grad_accum=120, sparsify_steps=1000,
                  sparsify_lr=6e-4, sparsity_loss='l1', sparsity_weight=5e-4, sparsity_ramp=0.0,
                  n_experts=768, router_steps=5000, router_lr=3e-3, router_width=128),
     # the authors' settings for ReLU-fied BERT-base on emotion (CARER): 16,000 texts, so 250 steps
@@ -114,7 +114,7 @@ class Command:
     overwrite: bool = False                 # run phases again whose options or input changed
     seeds: Annotated[str, '0,1,2'] = ''     # several, 0,1,2: each in its folder, then one table
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'
-    compile: bool = False                   # torch.compile in base, dense and sparsify
+    compile: bool = False                   # torch.compile in every phase that learns
     fsdp: bool = False                      # under torchrun: each rank keeps a part of the blocks
     checkpoint_activations: bool = False    # blocks compute again what they would have to keep
     profile: bool = False                   # a table of a few steps, and OUT_DIR/PHASE-trace.json
@@ -261,8 +261,8 @@ def cast(name, text, f):
                    f'--{name}={word}: must be one of {", ".join(filter(None, asks))}')
     return value
 
-def parse(argv):
-    """`--key=value` arguments, a preset's among them -> {option: value} of what was typed."""
+def parse(argv, presets=True):
+    """`--key=value` arguments -> {option: value} of what was typed, with `presets` of theirs."""
     known, typed = all_options(), {}
     for arg in argv:
         key, eq, text = arg.partition('=')
@@ -274,15 +274,12 @@ def parse(argv):
             hint = f'did you mean --{near[0]}?' if near else 'see --help'
             raise BadInput(f'--{name}: unknown option; {hint}')
         typed[name] = cast(name, text, known[name])
-    explicit, preset = set(typed), dict(PRESETS.get(typed.get('preset'), {}))
-    if 'n_experts' in typed:                # one excludes the other, a preset's too
+    explicit, preset = set(typed), PRESETS.get(typed.get('preset'), {})
+    if 'n_experts' in typed:                # one excludes the other
         typed.setdefault('expert_size', 0)
-    if typed.get('expert_size'):
-        preset.pop('n_experts', None)
-    typed = preset | typed
-    typed = implied(typed) | typed
+    typed = implied(preset | typed) | typed
     check(typed, explicit)
-    return typed
+    return preset | typed if presets else typed
 
 def implied(typed):
     """What --init_from and --data say of --arch and --tokenizer, where these are not typed."""
@@ -296,7 +293,10 @@ def is_labelled(source):
 
 def with_defaults(typed):
     usual = {option: f.default for option, f in all_options().items()}
-    return SimpleNamespace(**usual | PRESETS.get(typed.get('preset'), OURS) | typed)
+    usual |= PRESETS.get(typed.get('preset'), OURS)
+    if typed.get('expert_price') == 0:      # no adapt lowers the rate
+        usual['lr_end'] = Sparsify.lr_end
+    return SimpleNamespace(**usual | typed)
 
 def first_folder(o):
     """Where the first of several seeds, or the only one, keeps its checkpoints."""
@@ -417,7 +417,11 @@ def text_files(source):
                  if not left_out & set(os.path.relpath(f, STDLIB).split(os.sep)[:-1])]
     else:
         found = [source, *glob.glob(os.path.join(glob.escape(source), '**', '*'), recursive=True)]
-        found = [f for f in found if os.path.isfile(f) and b'\0' not in open(f, 'rb').read(8192)]
+        # a run inside would read what it writes
+        ours = {folder for folder, name in map(os.path.split, found)
+                if name in ('data.pt', 'base.pt', 'seeds.json')}
+        found = [f for f in found if os.path.isfile(f) and os.path.dirname(f) not in ours
+                 and b'\0' not in open(f, 'rb').read(8192)]
     return sorted(found)
 
 def content_hash(files):
@@ -426,9 +430,10 @@ def content_hash(files):
         digest.update(np.memmap(path, mode='r'))
     return digest.hexdigest()[:16]
 
-def open_corpus(o, folder):
+def open_corpus(o, folder, made=None):
     """--data as tokens, encoded once into folder/data.pt, where they are found again even if the
-    source is gone."""
+    source is gone; which stays, where a checkpoint `made` from it has not learned from the new one.
+    """
     bins = [os.path.join(o.data, name) for name in ('train.bin', 'val.bin')]
     if os.path.isfile(bins[0]):             # nanoGPT's folder, used where it is
         refuse(not all(os.path.isfile(f) and os.path.getsize(f) for f in bins),
@@ -450,7 +455,8 @@ def open_corpus(o, folder):
                f'--data={o.data}{f", --val={o.val}" * bool(o.val)}: no such file, no texts in it, '
                f'or empty{other}')
         known = encode(o, files) | dict(wanted=wanted)
-        write_atomically(path, lambda temporary: torch.save(known, temporary))
+        if not made or made['data']['hash'] == known['about']['hash']:      # else it is refused
+            write_atomically(path, lambda temporary: torch.save(known, temporary))
     known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
     if o.arch == 'bert':
         for name in ('train', 'val'):
@@ -458,11 +464,11 @@ def open_corpus(o, folder):
             known[name] = Rows(texts, known[f'{name}_classes'])
     return checked(o, Corpus(known['train'], known['val'], known['about']))
 
-def open_in_turn(o, folder):
+def open_in_turn(o, folder, made=None):
     """open_corpus: the first rank encodes, the others map its file."""
     if ranks()[0]:
         wait_for_all()
-    corpus = open_corpus(o, folder)
+    corpus = open_corpus(o, folder, made)
     if not ranks()[0]:
         wait_for_all()
     return corpus
@@ -655,7 +661,7 @@ def resolve(name, typed, value, source, path):
            f'{path}: holds a checkpoint of another phase; give another place')
     here = siblings(os.path.dirname(path) or '.')
     others = [*here.values()][::-1]
-    values = vars(with_defaults(dict(preset=typed.get('preset', ''))))
+    values = vars(with_defaults(typed))
     # each says more than those before it
     for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
         values |= data.get('options', {})
@@ -679,6 +685,10 @@ def resolve(name, typed, value, source, path):
                if option in mine and values[option] != had]
     if own and parent and own['parent'] != checkpoint_hash(source):
         changed.append(f'{path} was made from another {source}')
+    taught = own.get('metrics', {}).get('teacher')
+    dense = os.path.join(os.path.dirname(source or path), 'dense.pt')
+    if taught and os.path.isfile(dense) and taught != checkpoint_hash(dense):
+        changed.append(f'{path} learned from another {dense}')
     if changed:
         refuse(not typed.get('overwrite'), f'{changed[0]}; keep to that, use another --out_dir, '
                'or run the phase again with --overwrite=1')
@@ -707,7 +717,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         check_writable(path, make_folder=True)
     looks = steps or getattr(phase, 'looks', False) or hasattr(phase, 'report')
     if not parent or looks and not done:    # what the base learned from must not have changed
-        corpus = open_in_turn(o, phase.folder)
+        corpus = open_in_turn(o, phase.folder, parent or not o.overwrite and own)
         learned = (parent or own or dict(data=corpus.about))['data']
         if learned['hash'] != corpus.about['hash']:
             refuse(parent or not o.overwrite, f'--data={o.data}: changed since {source or path} '
@@ -752,7 +762,9 @@ def reported(phase, model, corpus, o, typed, device):
     known = bench.read_results(phase.folder).get('config', vars(o))
     o.eval_batches = typed.get('eval_batches', known['eval_batches'])
     batches, dense = held_out(corpus, o, device), os.path.join(phase.folder, 'dense.pt')
-    phase.dense = load(dense).to(device) if os.path.isfile(dense) else model
+    phase.dense = model
+    with contextlib.suppress(BadInput):     # not there, or not finished
+        phase.dense = build(read_phase(dense, unfinished=False), dense).to(device)
     return phase.report(model, batches[::max(1, len(batches) // 8)]) or {}
 
 def pick_device(o):
@@ -789,7 +801,8 @@ def teacher_of(phase, device):
     path = os.path.join(phase.folder, 'dense.pt')
     refuse(not os.path.isfile(path), f'--distil={phase.distil} learns from {path}, which is not '
            'there: make it with python train.py --phase=dense')
-    return load(path).to(device), dict(teacher=checkpoint_hash(path))
+    teacher = build(read_phase(path, unfinished=False), path)
+    return teacher.to(device), dict(teacher=checkpoint_hash(path))
 
 @torch.no_grad()
 def taught(batch, phase):
@@ -926,8 +939,7 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
     if own:
         print(f'{name:8s} going on at step {start} of {steps}')
         begun_here(phase, whole.load_state_dict, own['model'])
-    whole.train()
-    model, parameters = whole, [p.requires_grad_(True) for p in phase.parameters(whole)]
+    model, parameters = whole.train(), [p.requires_grad_(True) for p in phase.parameters(whole)]
     # forward, and twice that backward; what is frozen is small enough for one device
     passes = 3 if len(parameters) == len([*whole.parameters()]) else 1
     if o.fsdp and passes == 3:
@@ -974,8 +986,9 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
                 saved = now
             stopped = [*came, signal.SIGTERM][0] if stop else 0
             if done < steps and stopped:
+                but = ' without --overwrite=1' * (o.overwrite and o.phase == name)
                 raise KeyboardInterrupt(f'{name} stopped at step {done} of {steps}; the same '
-                                        'command goes on from there', 128 + stopped)
+                                        f'command{but} goes on from there', 128 + stopped)
     gather(model, whole)
     whole.to(device).eval().requires_grad_(False)
     return stopped
@@ -1011,7 +1024,7 @@ def evaluation(typed, paths=()):
     o = with_defaults(entries[-1].data['options'] | dense
                       | dict(eval_batches=before['eval_batches']) | typed)
     check_writable(os.path.join(folder, 'results.json'))
-    corpus, device = open_in_turn(o, folder), pick_device(o)
+    corpus, device = open_in_turn(o, folder, entries[0].data), pick_device(o)
     for e in entries:
         refuse((e.data['data'] or {}).get('hash', corpus.about['hash']) != corpus.about['hash'],
                f'--data={o.data}: {e.path} learned from another')
@@ -1027,6 +1040,7 @@ def chosen(typed, device):
     here = siblings(o.out_dir)
     kinds = {path: data['config']['router_loss'] for path, data in here.items()}
     paths = [path for path, kind in kinds.items() if asked in (None, kind)]
+    refuse(',' in (asked or ''), f'--router_loss={asked}: --phase={o.phase} takes one of them')
     refuse(not paths, f'--phase={o.phase} finds no checkpoint in --out_dir={o.out_dir} (of '
            f'--router_loss={o.router_loss}): run python train.py first')
     known = {checkpoint_hash(path) for path in here}
@@ -1039,10 +1053,12 @@ def chosen(typed, device):
     refuse(ruled and not kind,
            f'--{min(ruled, default="")}: {path} has no routers yet; run --phase=router first')
     if o.budget or o.max_loss:
+        refuse(ruled, f'--{min(ruled, default="")}: --budget, --max_loss choose it; leave it out')
         model.budget(o.budget or None, o.max_loss or None)
         print(f'{path}: tau of every MLP {" ".join(map(str, model.config.taus))}')
     elif kind and (ruled or o.phase == 'sample'):
         rule = o.rule or ROUTERS[kind].rule
+        refuse('floor' in typed and rule != 'dynk', f'--floor: is of rule dynk, not {rule}')
         usual = model.config.tau if model.config.rule == rule else 0.1
         model.set_rule(rule, usual if o.tau is None else o.tau, o.floor)
         print(f'{path}: router {kind}, rule {rule}, tau {model.config.tau:g}')
@@ -1102,6 +1118,11 @@ def run(typed):
         export(model, o.to)
         return print(f'{o.to}: load() reads {path} from it, with its routing; transformers a '
                      'dense model, unless projections are MLPs')
+    for name, cls in PHASES.items() if o.phase == 'all' else ():
+        wanted, made = getattr(cls, 'wanted', ''), os.path.join(o.out_dir, f'{cls.writes}.pt')
+        idle = typed.keys() & own_options(name).keys() - {wanted, *own_options('sparsify')}
+        refuse(idle and wanted and not getattr(o, wanted) and not os.path.exists(made),
+               f'--{min(idle, default="")}: no phase {name} without --{wanted}; leave it out')
     if o.phase in ('all', 'base'):
         check_writable(os.path.join(o.out_dir, 'base.pt'), make_folder=True)
     with locked(o.out_dir):
@@ -1132,6 +1153,9 @@ def locked(folder):
             except BlockingIOError:
                 raise BadInput(f'--out_dir={folder}: another run is at work there; wait for it, or '
                                'give another') from None
+            # by who was killed
+            for left in glob.glob(os.path.join(glob.escape(folder), '*.pt.[0-9]*.tmp')):
+                os.remove(left)
         yield
 
 def convert(name):
@@ -1147,7 +1171,7 @@ def convert(name):
         for arg in rest:
             refuse(arg.startswith(('--phase=', '--out_dir=', '--seeds=')),
                    f'{arg}: goes from {source} to {path}; leave it out')
-        typed, value = dict(preset='paper') | parse([*rest, f'--phase={name}']), None
+        typed, value = dict(preset='paper') | parse([*rest, f'--phase={name}'], False), None
         if hasattr(PHASES[name], 'each'):   # untyped: the first of the default
             each = PHASES[name].each
             value = typed.setdefault(each, getattr(with_defaults(typed), each).split(',')[0])
@@ -1176,8 +1200,10 @@ def guarded(job):
     """Run it; what the user can mend ends in one sentence and a non-zero exit, no traceback."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     first = join()
+    sys.stdout.reconfigure(errors='replace')                     # what a terminal cannot show
     try:
         job()
+        sys.stdout.flush()
         if ranks()[1] > 1:                  # their threads may not outlive the interpreter
             wait_for_all()
             dist.destroy_process_group()
@@ -1190,6 +1216,9 @@ def guarded(job):
         if first():
             print(f'\n{sentence}', file=sys.stderr)
         sys.exit(code)
+    except BrokenPipeError:                 # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception:                       # of the others it is only that one is gone
         if first():
             raise
@@ -1199,4 +1228,4 @@ if __name__ == '__main__':
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help()
     else:
-        guarded(lambda: run(parse(sys.argv[1:])))
+        guarded(lambda: run(parse(sys.argv[1:], False)))
