@@ -138,11 +138,12 @@ class MLP(nn.Module):
             setattr(self, name, nn.Parameter(p[order], p.requires_grad))
         self.offsets = torch.as_tensor(offsets, dtype=torch.int32, device=self.w_in.device)
 
-    def neurons(self):                  # of every expert: (E,)
-        return (self.offsets.diff() if self.sizes is None else self.sizes).float()
+    @property
+    def n_hidden(self):
+        return len(self.w_in) if self.sizes is None else int(self.sizes.sum())
 
     def share(self, mask):              # of the neurons that run: mask (T, E), None: all
-        size = self.neurons() / self.neurons().sum().clamp(min=1)
+        size = (self.offsets.diff() if self.sizes is None else self.sizes) / max(1, self.n_hidden)
         return 1.0 if mask is None else (mask.float().mean(0) @ size).item()
 
     def quantize(self):
@@ -669,7 +670,7 @@ class Transformer(nn.Module):
                 if not isinstance(module, MLP):
                     out[part] += 2 * D * D * tokens
                     continue
-                out[part] += 4 * D * module.neurons().sum().item() * next(shares) * tokens
+                out[part] += 4 * D * module.n_hidden * next(shares) * tokens
                 if rho is not None and module.router is not None:
                     out['router'] += 2 * module.router.size * tokens
         if c.head == 'cls':             # once for a sequence
