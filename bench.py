@@ -620,8 +620,10 @@ def new_axes(columns=1, path=''):
 
 def save_picture(axes, path, **about):
     axes.set(**about)
-    axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    axes.figure.savefig(path, dpi=150, bbox_inches='tight')
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
+    write_atomically(path, lambda temporary: axes.figure.savefig(
+        temporary, format='png', dpi=150, bbox_inches='tight'))
 
 def plot_rows(rows, path):
     """What every MLP of the first two routers runs, by tau; how much tokens run; loss or accuracy
@@ -709,7 +711,7 @@ def plot_load(words, shares, path):
                 line, column = line - 1, 0
     axes.set(xlim=(0, 80), ylim=(line - 1, 0), aspect=2)
     axes.set_axis_off()
-    axes.figure.savefig(path, dpi=150, bbox_inches='tight')
+    save_picture(axes, path)
     return f'; {path} shows it'
 
 def plot_methods(rows, path):
@@ -1291,7 +1293,7 @@ def checkpoint_models(o):
         tau = found['tau'] if found else 0.1
         model.set_rule(c.rule or usual, tau if o.tau is None else o.tau, FLOOR)
     options.batch_size, options.eval_batches = (8, 8) if c.causal else (32, 64)
-    held_out = o.train.held_out(o.train.open_corpus(options, folder), options, 'cpu')
+    held_out = o.train.held_out(o.train.open_corpus(options, folder, data), options, 'cpu')
     some = [inputs for inputs, _ in held_out[len(held_out) // 8::max(1, len(held_out) // 4)]][:4]
     tasks = token_tasks(some[0]['idx'][:1, :512]) if c.causal else text_tasks(some)
     name = f'{o.checkpoint}, {c.rule} {c.tau:g}'
