@@ -1844,10 +1844,8 @@ def test_one_run_in_a_folder_and_how_a_stop_ends(finished):
     with train.locked(finished[0]):
         assert not left.exists()
         refused('another run is at work', '--phase=eval', out=finished[0])
-    def stopped():
-        raise KeyboardInterrupt('stopped', 128 + signal.SIGTERM)
     with pytest.raises(SystemExit, match='143'):
-        train.guarded(stopped)
+        train.guarded(lambda: signal.raise_signal(signal.SIGTERM))
 
 def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path):
     with stopping(11), pytest.raises(KeyboardInterrupt, match='base is done') as found:

@@ -1198,7 +1198,11 @@ def join():
 
 def guarded(job):
     """Run it; what the user can mend ends in one sentence and a non-zero exit, no traceback."""
+    def stop(number, frame):
+        raise KeyboardInterrupt('stopped', 128 + number)
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, stop)     # what is measured is kept, as after Ctrl-C
     first = join()
     sys.stdout.reconfigure(errors='replace')                     # what a terminal cannot show
     try:
