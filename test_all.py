@@ -1458,7 +1458,8 @@ def test_strings():
     (lambda: tiny()(tokens(1, 13)), '13 tokens do not fit'),
     (lambda: tiny()(tokens(3, 12), ragged(12) & (tokens(3, 1) > 40), only=True), 'without a token'),
     (lambda: tiny()(tokens(2, 6), ragged(6)[:1]), 'of the shape of idx'),
-    (lambda: tiny().encode(tokens(3, 6), ragged(6), cache=[kernel.LayerCache(9)] * 2), 'with no cache'),
+    (lambda: tiny().encode(tokens(3, 6), ragged(6), cache=[kernel.LayerCache(9)] * 2),
+     'with no cache'),
     (lambda: tiny().quantize('int4'), 'dtype=int4'),
     (lambda: tiny().quantize('bf16').quantize('int8'), 'dtype=int8'),
     (lambda: routed(tiny(), kind='oracle').quantize('int8'), 'oracle needs')])
@@ -1933,6 +1934,8 @@ def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
     left = (folders[0] / 'base.pt').read_bytes()
     run('--phase=base', out=folders[0])
     assert 'base     going on at step 5 of 20' in capsys.readouterr().out
+    # the batch of both, in one
+    assert M.read_checkpoint(folders[0] / 'base.pt')['options']['batch_size'] == 4
     (folders[0] / 'base.pt').write_bytes(left)
     done, phases = ranks('rest', folders[0])
     assert 'going on at step 5 of 20' in done.stdout and phases == 1
@@ -2303,15 +2306,15 @@ def uneven():
     m.ffns()[0].sort_neurons(range(8), [0, 8])
     return m
 
-def begun(spoil):
-    """Goes on with a base.pt that has been spoilt."""
+def begun(spoil, name='base.pt'):
+    """Goes on with a file that has been spoilt."""
     def job(folder):
         (folder / 'a.txt').write_text('some words ' * 999)
         with stopping(3), pytest.raises(KeyboardInterrupt):
             run(*BASE, f'--data={folder / "a.txt"}', out=folder)
-        data = torch.load(folder / 'base.pt', weights_only=True)
+        data = torch.load(folder / name, weights_only=True)
         spoil(data)
-        torch.save(data, folder / 'base.pt')
+        torch.save(data, folder / name)
         run('--phase=base', out=folder)
     return job
 
@@ -2366,6 +2369,7 @@ REFUSED = [
     (begun(lambda d: d['optimizer']['state'][0].update(exp_avg=torch.ones(1))), 'do not fit'),
     (begun(lambda d: d['model'].update({'wpe.weight': torch.ones(3)})), 'base.pt: damaged'),
     (begun(lambda d: d.update(step=-3)), 'no checkpoint of train.py'),
+    (begun(lambda d: d['about'].pop('vocab'), 'data.pt'), 'data.pt: damaged'),
     (begun(lambda d: d['model'].update(x=torch.ones(1).expand(1 << 40))), 'expanded'),
     (lambda folder: M.export(tiny(), HERE), 'not an empty folder'),
     (lambda folder: M.export(tiny().quantize('int8'), folder / 'x'), 'in int8 is for inference'),

@@ -436,8 +436,9 @@ def open_corpus(o, folder, made=None):
     """
     bins = [os.path.join(o.data, name) for name in ('train.bin', 'val.bin')]
     if os.path.isfile(bins[0]):             # nanoGPT's folder, used where it is
-        refuse(not all(os.path.isfile(f) and os.path.getsize(f) for f in bins),
-               f'--data={o.data}: needs both train.bin and val.bin')
+        refuse(not all(os.path.isfile(f) and os.path.getsize(f) for f in bins)
+               or any(os.path.getsize(f) % 2 for f in bins),
+               f'--data={o.data}: needs both train.bin and val.bin, of whole uint16')
         about = dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(bins),
                      vocab=256 if o.tokenizer == 'bytes' else 50257)
         return checked(o, Corpus(*(np.memmap(f, np.uint16, 'r') for f in bins), about))
@@ -457,12 +458,15 @@ def open_corpus(o, folder, made=None):
         known = encode(o, files) | dict(wanted=wanted)
         if not made or made['data']['hash'] == known['about']['hash']:      # else it is refused
             write_atomically(path, lambda temporary: torch.save(known, temporary))
-    known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
-    if o.arch == 'bert':
-        for name in ('train', 'val'):
+    try:
+        known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
+        for name in ('train', 'val') if o.arch == 'bert' else ():
             texts = np.split(known[name], known[f'{name}_ends'][:-1])
             known[name] = Rows(texts, known[f'{name}_classes'])
-    return checked(o, Corpus(known['train'], known['val'], known['about']))
+        return checked(o, Corpus(known['train'], known['val'], known['about']))
+    except (AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise BadInput(f'{path}: damaged ({reason(error)}); without it --data is encoded again'
+                       ) from None
 
 def open_in_turn(o, folder, made=None):
     """open_corpus: the first rank encodes, the others map its file."""
@@ -614,13 +618,18 @@ START_AGAIN = 'use another --out_dir, or start again with --phase=all --overwrit
 def read_phase(path, unfinished=True):
     """A checkpoint that a phase wrote; BadInput if it is none."""
     data = read_checkpoint(path)
-    kinds = dict(phase=str, step=int, steps=int, options=dict, metrics=dict)
+    data.setdefault('ranks', 1)
+    kinds = dict(phase=str, step=int, steps=int, ranks=int, options=dict, metrics=dict)
     refuse(not all(type(data.get(name)) is kind for name, kind in kinds.items())
            or not 0 <= data['step'] <= data['steps'],
            f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
     refuse(data['step'] < data['steps'] and not unfinished,
            f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
            f'python train.py --phase={data["phase"]} --out_dir={os.path.dirname(path) or "."}')
+    # another number of ranks shares out the same batch
+    batch = data['options'].get('batch_size', 0) * data['ranks']
+    if batch and batch % ranks()[1] == 0:
+        data['options']['batch_size'] = batch // ranks()[1]
     return data
 
 def siblings(folder):
@@ -738,7 +747,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
     record = dict(phase=name, steps=steps, metrics=notes, options=made_with, preset=o.preset,
                   asked=typed.get(getattr(cls, 'each', '')),
                   parent=checkpoint_hash(source) if parent else None,
-                  data=parent['data'] if parent else corpus.about)
+                  data=parent['data'] if parent else corpus.about, ranks=ranks()[1])
 
     def keep(step, optimizer=None):
         notes['seconds'] = own.get('metrics', {}).get('seconds', 0) + time.time() - began
