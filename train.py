@@ -464,7 +464,9 @@ def open_corpus(o, folder, made=None):
             texts = np.split(known[name], known[f'{name}_ends'][:-1])
             known[name] = Rows(texts, known[f'{name}_classes'])
         return checked(o, Corpus(known['train'], known['val'], known['about']))
-    except (AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
+    except BadInput:
+        raise
+    except Exception as error:          # of the right names, but not what encode() writes
         raise BadInput(f'{path}: damaged ({reason(error)}); without it --data is encoded again'
                        ) from None
 
