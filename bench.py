@@ -12,6 +12,10 @@ or the dense model.
     T tokens · D n_embd · H hidden neurons · E experts · s neurons in an expert · rho share run
 """
 
+if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import copy
@@ -43,7 +47,7 @@ import kernel
 from model import (MLP, BadInput, Config, Masks, Transformer, build, check_writable,
                    checkpoint_hash, cross_entropy, export_plain, load, n_tokens, pad,
                    read_checkpoint, reason, save, transformers, write_atomically)
-from router import CEILINGS, CONFIDENCE, FLOOR, GRID, ROUTERS, Router, select
+from router import CONFIDENCE, FLOOR, GRID, ROUTERS, Router, ceilings, select
 from sparsify import statistics as sparsity_statistics
 
 # -------------------------------------------------------------------------------------- measuring
@@ -173,8 +177,8 @@ def entries(found, paths=()):
 
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
-    a rule of their own run with top-k, too: it is the control. Ceilings replace the first
-    converted one's routers, by their own rule or the one asked for. Dense in fp32 comes first."""
+    a rule of their own run with top-k, too: it is the control. Ceilings replace the routers of the
+    last one, by their own rule or the one asked for. Dense in fp32 comes first."""
     def job(e, kind=None, rule=None, tau=None, taus=None, budget=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
@@ -186,12 +190,11 @@ def jobs_of(entries, o):
     if o.dtype != 'fp32':
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
     # of masks, which overlap, there is none; MoEfication's own beside its router
-    known = [e for e in routed if e.kind != 'masks' and o.dtype == 'fp32']
-    ceilings = [(e, 'oracle') for e in known[:1]]
-    ceilings += [(e, 'truth') for e in known if e.kind == 'share'][:1]
-    for e, kind in [(e, e.kind) for e in routed] + ceilings:
+    known = [e for e in routed if ROUTERS[e.kind].ceiling and o.dtype == 'fp32']
+    above = {'oracle': e for e in known} | {ROUTERS[e.kind].ceiling: e for e in known}
+    for kind, e in [(e.kind, e) for e in routed] + [*above.items()]:
         usual = ROUTERS[kind].rule
-        for rule in dict.fromkeys([usual, o.rule or (usual if kind in CEILINGS else 'topk')]):
+        for rule in dict.fromkeys([usual, o.rule or (usual if kind in ceilings() else 'topk')]):
             grid = GRID[rule]
             if kind == 'masks':             # one of them, two, three, as many as it learned with
                 K, own = e.data['config']['n_outputs'][0], e.data['options'].get('masks_chosen', 1)
@@ -209,7 +212,7 @@ def quantised_jobs(entries, rows, names):
     """[(entry, what)] in int8 of dense and of what `picked` says of each router's own rule."""
     wanted = [rows[0]] + [
         r for (_, kind, rule), r in picked(rows).items()
-        if rule == 'confidence' or kind not in CEILINGS and rule == ROUTERS[kind].rule]
+        if rule == 'confidence' or kind not in ceilings() and rule == ROUTERS[kind].rule]
     return [(e, {name: r[name] for name in names} | dict(dtype='int8'))
             for r in wanted for e in entries if e.hash == r['checkpoint']]
 
@@ -374,7 +377,7 @@ def model_for(e, what, loaded, device):
         print(f'eval     {e.path}  {kind or ""}  {what["dtype"]}', flush=True)
         loaded.clear()
         model = build(e.data, e.path).to(device)
-        if kind in CEILINGS:
+        if kind in ceilings():
             model.add_routers(kind, 0)
         loaded[key] = model.quantize(what['dtype'])
     tau = what['taus'] or what['tau'] or 0.0
@@ -402,7 +405,7 @@ def evaluate(entries, batches, o, settings, folder, device):
         if key not in found:
             row = row_of(model_for(e, what, loaded, device), dense, batches)
             phase, options = e.data['phase'], e.data['options']
-            if what['router_loss'] in CEILINGS:                  # cost nothing, cannot be timed
+            if what['router_loss'] in ceilings():                # cost nothing, cannot be timed
                 row |= dict(ms_per_1k_tokens=None, speedup=None)
             if phase == 'dense' and what['dtype'] == 'fp32':     # dense against itself
                 row['speedup'] = 1.0
@@ -540,7 +543,7 @@ def print_parts(rows, activity):
             said += f', {ideal["experts"] / alive:.2f} x as many as are not zero'
         print(said + ''.join(
                   f'; {r["router_loss"]} {r["experts"] / ideal["experts"]:.2f} x the oracle\'s'
-                  for r in choice if r['router_loss'] not in CEILINGS
+                  for r in choice if r['router_loss'] not in ceilings()
                   and (r['method'], r['rule']) == (ideal['method'],
                                                    ROUTERS[r['router_loss']].rule)))
 
@@ -1558,8 +1561,8 @@ def run_method(train, method, seed, out_dir, typed):
 def method_row(r, rows, method, seed, seconds, base):
     """A row of results.json as the methods' table has it."""
     variant, routed = method[1], r['router_loss']
-    if routed and r['rule'] not in ('confidence', ROUTERS[routed].rule) or routed in CEILINGS:
-        variant = ' '.join(filter(None, [variant, routed * (routed in CEILINGS), r['rule']]))
+    if routed and r['rule'] not in ('confidence', ROUTERS[routed].rule) or routed in ceilings():
+        variant = ' '.join(filter(None, [variant, routed * (routed in ceilings()), r['rule']]))
     alike = [rows[0], *(x for x in rows if x['dtype'] == r['dtype'])]
     best = picked(alike).values() if r['rule'] else [x for x in alike if fits(x, rows)]
     copied = ('machine', 'flops', 'flops_first', 'madds', 'experts', 'metric', 'ms_per_1k_tokens',
@@ -1605,7 +1608,7 @@ def methods_suite(o, device, shape):
         # ceilings belong to the experts, not to every router of them
         rows += [method_row(r, found, method, seed, seconds, base) for r in found
                  if r['method'] == ROW_OF.get(phases[-1], phases[-1])
-                 and (r['router_loss'] not in CEILINGS or 'moefy' in phases)]
+                 and (r['router_loss'] not in ceilings() or 'moefy' in phases)]
         write_json(os.path.join(out_dir, 'methods.json'),
                    dict(config=dict(options=options, seeds=o.seeds), rows=rows, left_out=others))
     print_methods(rows)

@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernel import (ACTIVATIONS, Experts, Int8, LayerCache, Layout, attention,
                     encode_int8, experts, int8, int8_layer, linear, masked, pad_to_8, ranks)
-from router import CEILINGS, Exits, FLOOR, GRID, Halting, Masks, Norm, Router, Share
+from router import (Active, Exits, FLOOR, GRID, Halting, Masks, Norm, ROUTERS, Router, Share,
+                    ceilings)
 
 class BadInput(ValueError):
     """What the user gave cannot be used: one sentence says what, where, and what would work."""
@@ -290,15 +291,15 @@ class Transformer(nn.Module):
         self.share_features()
 
     def share_features(self, wanted=True):
-        """The `active` routers of a block's q, k and v, which read the same, get one first layer:
+        """The routers of a block's q, k and v, which read the same, get one first layer (active's):
         if `wanted`, or where they have equal ones, as those of a checkpoint do that had one."""
         for at in (block.attn for block in self.blocks):
             # q last: it may be asked of fewer tokens
-            routers = [p.router for p in (at.v, at.k, at.q) if isinstance(p, MLP)]
+            routers = [p.router for p in (at.v, at.k, at.q) if isinstance(p, MLP) and p.router]
             at.first = []
-            if self.config.router_loss != 'active' or len(routers) < 2:
+            first, *others = [router.net for router in routers] or [None]
+            if not others or not hasattr(first, 'features'):
                 continue
-            first, *others = (router.net for router in routers)
             if wanted or all(torch.equal(net.w1, first.w1) and torch.equal(net.b1, first.b1)
                              for net in others):
                 at.first = routers[:1]
@@ -410,7 +411,7 @@ class Transformer(nn.Module):
         if dtype == 'bf16':
             self.bfloat16()
         if dtype == 'int8' and self.dtype == 'fp32':
-            if self.config.router_loss in CEILINGS:
+            if self.config.router_loss in ceilings():
                 raise ValueError(f'int8: {self.config.router_loss} needs the weights in fp32')
             if self.config.head in ('lm', 'mlm'):
                 self.decoder = int8(self.wte.weight, getattr(self, 'mlm_bias', None))
@@ -435,11 +436,11 @@ class Transformer(nn.Module):
     def fused(self):
         """The blocks as encode_int8 takes them: no router but the two-layer ones by their own rule.
         None where the blocks have to run one operation at a time."""
-        c, plain = self.config, dict(norm='dynk', active='threshold')
+        c, plain = self.config, {Norm: 'dynk', Active: 'threshold'}      # what the C++ knows
         if self not in FUSED:
             blocks = (self.ffns()[0].w_in.w.dtype == torch.uint8
                       and all(p.dtype == torch.float32 for p in self.parameters()))
-            routed = not c.rule or plain.get(c.router_loss) == c.rule
+            routed = not c.rule or plain.get(ROUTERS.get(c.router_loss)) == c.rule
             owned = any(n > 0 for n in c.n_outputs)
             fits = blocks and routed and not owned and c.n_embd % 8 == 0 == c.router_width % 8
             FUSED[self] = int8_blocks(self) if fits else None
@@ -831,7 +832,7 @@ def check_writable(path, make_folder=False):
 def check_fp32(model, path):
     if model.dtype != 'fp32':
         raise BadInput(f'{path}: a model in {model.dtype} is for inference; save it before')
-    if model.config.router_loss in CEILINGS:
+    if model.config.router_loss in ceilings():
         raise BadInput(f'{path}: routers of {model.config.router_loss} are made of the weights, '
                        'there is nothing to save; save it before')
 

@@ -41,6 +41,10 @@ in SPLITS. fires (T, H) is None unless the function says `looks = True`.
     D n_embd · H hidden neurons · E experts · n_k size of expert k · T tokens
 """
 
+if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import functools
 import math
 import time

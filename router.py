@@ -20,14 +20,19 @@ so the exact norms need no (T, R, D) tensor. A rule then turns the scores of a t
 
 RMS is the root mean square of the norms in a layer. MoEfication's parameter centres, experts by the
 cosine of x and the mean of their rows of W_in, are `share` with --router_steps=0. A new kind is a
-class (mlp, owners, width) with its usual `rule`, forward(x (T, D)) -> scores (T, R) >= 0 and
-loss(Seen), most easily one derived from Norm, and its name in ROUTERS.
+class (mlp, owners, width) with its usual `rule`, the kind that is its `ceiling` or None, forward(x
+(T, D)) -> scores (T, R) >= 0 and loss(Seen), most easily one derived from Norm, and its name in
+ROUTERS. Adapt learns with scores that are probabilities: kinds whose rule is threshold.
 
     python router.py out/moe.pt out/d2dmoe.pt --router_loss=norm
 
     T tokens · D n_embd · H hidden neurons · E experts (slices) · R router outputs (E without
     `owners`) · W router width · s neurons of the largest output
 """
+
+if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -124,7 +129,7 @@ def n_outputs(mlp, owners):
 
 class Norm(nn.Module):
     """The paper's: regression on the norms, in units of their RMS (dynk does not see a factor)."""
-    rule = 'dynk'
+    rule, ceiling = 'dynk', 'oracle'
 
     def __init__(self, mlp, owners, width):
         super().__init__()
@@ -163,7 +168,9 @@ class Active(Norm):
 
 class Share(nn.Module):
     """MoEfication's, D -> R -> R: starts as the cluster centres and the identity."""
-    rule = 'topk'
+    rule, ceiling = 'topk', 'truth'
+    square = True                           # its layers are R wide, whatever --router_width says
+    waits = True                            # its loss for the other processes, MLP by MLP
 
     def __init__(self, mlp, owners, width):
         super().__init__()
@@ -191,7 +198,7 @@ class Share(nn.Module):
 
 class Choice(nn.Module):
     """Which of the learned masks a token takes; the phase that learns them trains it, too."""
-    rule = 'topk'
+    rule, ceiling = 'topk', None            # masks overlap: no norm of theirs is the best
 
     def __init__(self, mlp, owners, width):
         super().__init__()
@@ -202,7 +209,7 @@ class Choice(nn.Module):
 
 class Oracle(nn.Module):
     """The true norms: no router can do better on the same experts. It has nothing to learn."""
-    rule = 'dynk'
+    rule, ceiling = 'dynk', None
 
     def __init__(self, mlp, owners, width):
         super().__init__()
@@ -224,7 +231,10 @@ class Truth(Oracle):
         return (F.relu(a)[:, self.grams.index] * self.grams.valid).sum(-1)
 
 ROUTERS = dict(norm=Norm, active=Active, share=Share, masks=Choice, oracle=Oracle, truth=Truth)
-CEILINGS = 'oracle', 'truth'            # they look at what they would have to predict
+
+def ceilings():
+    """The kinds that look at what the others have to predict."""
+    return {net.ceiling for net in ROUTERS.values()} - {None}
 
 class Masks(list):
     """A tap that wants only what each MLP chose: the model runs its fast path. `alive`: the census
@@ -478,6 +488,8 @@ class Adapt:
         model.config.calibration = {}       # it was another model's
         if model.halting is not None:
             model.halting.shift -= self.halt_sooner
+        elif self.halt_sooner:
+            print('adapt    --halt_sooner does nothing: no token halts in this model')
         for mlp in model.mlps():
             mlp.router.soft = True
 

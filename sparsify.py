@@ -32,6 +32,10 @@ Pruning, the control, removes the neurons that do least on some batches and trai
     T tokens · D n_embd · H hidden neurons
 """
 
+if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import copy
 import itertools
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ from sparsify import Distil, Prune, Sparsify
 # -------------------------------------------------------------------------------------- options
 
 # where no preset is named: model and routers learn together in the end, the rate comes down once
-OURS = dict(lr_end=1.0, router_loss='active', expert_price=0.1)
+OURS = dict(lr_end=1.0, router_loss='active,norm', expert_price=0.1)
 PRESETS = {
     # the small GPT as the paper does it; the presets below, too
     'paper': dict(out_dir='out-paper', lr_end=0.1, router_loss='norm,active',
@@ -347,12 +347,19 @@ def check(typed, explicit):
     refuse(new and getattr(o, name) > 4 * o.n_embd, f'--{name}={getattr(o, name)}: more than the '
            f'{4 * o.n_embd} neurons of an FFN')
     refuse(o.n_embd % o.n_head, f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
-    for kind in o.router_loss.split(','):
+    kinds = o.router_loss.split(',')
+    for kind in kinds:
         refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
                f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
     refuse(o.phase == 'all' and begins and o.expert_price
-           and 'active' not in o.router_loss.split(','), f'--router_loss={o.router_loss}: adapt '
-           'learns with active routers; add --preset=paper, which does without')
+           and all(ROUTERS[kind].rule != 'threshold' for kind in kinds), f'--router_loss='
+           f'{o.router_loss}: adapt learns with active routers; add active, or --preset=paper, '
+           'which does without adapt')
+    refuse('router_width' in explicit
+           and all(getattr(ROUTERS.get(kind), 'square', False) for kind in kinds),
+           f'--router_width: --router_loss={o.router_loss} is as wide as it has experts')
+    refuse(o.halt_sooner and begins and not o.halting, f'--halt_sooner={o.halt_sooner}: of tokens '
+           'that halt; add --halting=1')
     least = least_flops(o) if o.budget else 0.0
     refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
            f'{least:.1%} of the FLOPs; ask for more')
@@ -755,7 +762,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes['seconds'] = own.get('metrics', {}).get('seconds', 0) + time.time() - began
         save(model, path, step=step, optimizer=optimizer, **record)
 
-    waits = o.fsdp or name == 'router' and o.router_loss == 'share'
+    waits = o.fsdp or getattr(ROUTERS.get(o.router_loss), 'waits', False)
     refuse(model.halting is not None and ranks()[1] > 1 and waits, '--halting=1 in several '
            'processes does not go with --fsdp or share: one may have no token left')
     stopped = learn(name, phase, model.to(device), own, corpus, o, device, keep) if steps else 0
