@@ -177,8 +177,8 @@ def entries(found, paths=()):
 
 def jobs_of(entries, o):
     """[(entry, what)]: what to measure, the fields by which results.json knows a row. Routers with
-    a rule of their own run with top-k, too: it is the control. Ceilings replace the routers of the
-    last one, by their own rule or the one asked for. Dense in fp32 comes first."""
+    a rule of their own run with top-k, too: it is the control. Ceilings replace the first
+    converted one's routers, by their own rule or the one asked for. Dense in fp32 comes first."""
     def job(e, kind=None, rule=None, tau=None, taus=None, budget=None):
         floor = o.floor if rule == 'dynk' else None
         return e, dict(checkpoint=e.hash, router_loss=kind, rule=rule, tau=tau, floor=floor,
@@ -191,7 +191,11 @@ def jobs_of(entries, o):
         jobs = [(entries[0], jobs[0][1] | dict(dtype='fp32')), *jobs]
     # of masks, which overlap, there is none; MoEfication's own beside its router
     known = [e for e in routed if ROUTERS[e.kind].ceiling and o.dtype == 'fp32']
-    above = {'oracle': e for e in known} | {ROUTERS[e.kind].ceiling: e for e in known}
+    # rather of what was adapted
+    known.sort(key=lambda e: e.data['phase'] != 'adapt')
+    above = {'oracle': e for e in known[:1]}
+    for e in known:
+        above.setdefault(ROUTERS[e.kind].ceiling, e)
     for kind, e in [(e.kind, e) for e in routed] + [*above.items()]:
         usual = ROUTERS[kind].rule
         for rule in dict.fromkeys([usual, o.rule or (usual if kind in ceilings() else 'topk')]):

@@ -1607,9 +1607,12 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
     out, paper = tmp_path / 'out', finished[0]
     usual = [option for option in TINY if option != '--preset=paper']
     rows = run(*usual, f'--data={text}', '--adapt_steps=4', out=out)['rows']
-    assert {r['method'] for r in rows} == {'dense', 'sparse', 'adapt'}       # none on the way
+    # the paper's routers beside ours, and of ours only what was adapted
+    assert {(r['method'], r['router_loss']) for r in rows} == {
+        ('dense', None), ('sparse', None), ('d2dmoe', 'norm'), ('adapt', 'active'),
+        ('adapt', 'oracle')}
     options = M.read_checkpoint(out / 'adapted.pt')['options']
-    assert {name: options[name] for name in train.OURS} == train.OURS
+    assert {name: options[name] for name in train.OURS} == train.OURS | dict(router_loss='active')
     before = sorted(paper.iterdir())
     assert run(out=paper) and sorted(paper.iterdir()) == before
     refused('with active routers', '--router_loss=norm', out=tmp_path / 'new')
@@ -2223,20 +2226,26 @@ def test_scripts(finished, tmp_path):
     """Phases from file to file, and what a shell sees of a refusal."""
     sparse = str(finished[0] / 'sparse.pt')
     moe, active = str(tmp_path / 'moe.pt'), str(tmp_path / 'active.pt')
-    for code, args, says in [
-            (0, ['moefy', sparse, moe, '--n_experts=8'], 'moefy    mlp 2/2  8 experts'),
-            (0, ['router', moe, active, '--router_loss=active', '--router_steps=3'], 'step 3/3'),
-            (2, ['moefy', sparse, sparse], 'another place'),
-            (2, ['moefy', moe, str(tmp_path / 'x.pt')], 'of phase moefy'),
-            (2, ['train', '--phase=nothing'], 'error: --phase=nothing: must be all'),
-            (2, ['bench', '--impl=triton'], 'needs triton and a GPU'),
-            (0, ['train', '--phase=sample', '--prompt=π', '--n_tokens=0',
-                 f'--out_dir={finished[0]}'], '?\n'),
-            (0, ['train', '--help'], 'share of the run over which')]:
+
+    def shell(job):
+        code, args, says = job
         done = subprocess.run([sys.executable, f'{args[0]}.py', *args[1:]], text=True, cwd=HERE,
                               capture_output=True, env=os.environ | dict(PYTHONIOENCODING='ascii'))
         said = done.stdout + done.stderr
         assert done.returncode == code and says in said and 'Traceback' not in said, said
+
+    shell((0, ['moefy', sparse, moe, '--n_experts=8'], 'moefy    mlp 2/2  8 experts'))
+    # importing torch is what takes time
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        [*pool.map(shell, [
+            (0, ['router', moe, active, '--router_loss=active', '--router_steps=3'], 'step 3/3'),
+            (2, ['moefy', sparse, sparse], 'another place'),
+            (2, ['moefy', moe, f'{tmp_path}.pt'], 'of phase moefy'),
+            (2, ['train', '--phase=nothing'], 'error: --phase=nothing: must be all'),
+            (2, ['bench', '--impl=triton'], 'needs triton and a GPU'),
+            (0, ['train', '--phase=sample', '--prompt=π', '--n_tokens=0',
+                 f'--out_dir={finished[0]}'], '?\n'),
+            (0, ['train', '--help'], 'share of the run over which')])]
     c = M.load(active).config
     assert c.router_loss == 'active' and c.n_experts == [8, 8]
 
@@ -2328,6 +2337,9 @@ REFUSED = [
     ('--attn_projections=qq', 'letters qkvo'), ('--preset=huge', 'hour'),
     ('--n_embd=30 --n_head=4 --n_experts=8', 'multiple of --n_head'),
     ('--router_loss=oracle', 'nothing to learn'), ('--n_experts=2000', '1024 neurons'),
+    ('--router_loss=norm,share', 'adapt learns with active'), ('--halt_sooner=1', 'add --halting'),
+    ('--router_loss=share --preset=paper --router_width=3', 'as wide as it has experts'),
+    ('--out_dir=\udcff', 'PYTHONUTF8=1'),
     ('--n_experts=8 --expert_size=7', 'give one'), ('--seeds=0,0', 'different whole numbers'),
     ('--phase=attn', 'train.py --phase=base'), ('--zzzz=1', 'see --help'),
     ('--phase=export', 'needs --to=DIR'),

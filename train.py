@@ -54,7 +54,7 @@ import sysconfig
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -273,6 +273,9 @@ def parse(argv, presets=True):
             near = difflib.get_close_matches(name, known, 1)
             hint = f'did you mean --{near[0]}?' if near else 'see --help'
             raise BadInput(f'--{name}: unknown option; {hint}')
+        # torch opens no file whose name it cannot encode
+        refuse(text.encode(errors='replace').decode() != text, f'--{name}: is not read as UTF-8 '
+               'in this locale; set PYTHONUTF8=1')
         typed[name] = cast(name, text, known[name])
     explicit, preset = set(typed), PRESETS.get(typed.get('preset'), {})
     if 'n_experts' in typed:                # one excludes the other
@@ -632,6 +635,7 @@ def read_phase(path, unfinished=True):
     refuse(not all(type(data.get(name)) is kind for name, kind in kinds.items())
            or not 0 <= data['step'] <= data['steps'],
            f'{path}: no checkpoint of train.py (start from it with --init_from={path})')
+    check_said(data, path)
     refuse(data['step'] < data['steps'] and not unfinished,
            f'{path} stopped at step {data["step"]} of {data["steps"]}: finish it with '
            f'python train.py --phase={data["phase"]} --out_dir={os.path.dirname(path) or "."}')
@@ -640,6 +644,19 @@ def read_phase(path, unfinished=True):
     if batch and batch % ranks()[1] == 0:
         data['options']['batch_size'] = batch // ranks()[1]
     return data
+
+def check_said(data, path):
+    """BadInput if what a checkpoint says of how it was made is of another type or range."""
+    known, about = all_options(), data['data'] or {}
+    for name in known.keys() & data['options'].keys():
+        value = data['options'][name]
+        with contextlib.suppress(BadInput):
+            if value == known[name].default or cast(name, str(value), known[name]) == value:
+                continue
+        raise BadInput(f'{path}: damaged, its option {name} is {reason(value)}')
+    seconds, hashes = data['metrics'].get('seconds', 0), (about.get('hash'), data.get('parent'))
+    refuse(type(seconds) not in (int, float) or any(type(h) not in (str, NoneType) for h in hashes),
+           f'{path}: damaged, in what it says of its data, parent or seconds')
 
 def siblings(folder):
     """{path: checkpoint} of all that phases wrote into a folder, in the order of PHASES."""
