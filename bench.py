@@ -342,9 +342,10 @@ def read_results(folder):
         with open(os.path.join(folder, 'results.json'), encoding='utf-8') as f:
             old = json.load(f)
         whole = old['config']['eval_batches'] > 0 and {'settings', 'activity'} <= old.keys()
-        whole = whole and all({'file', 'checkpoint', 'loss'} <= r.keys() for r in old['rows'])
-        return old if whole else {}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        # rows say the same things, but for what earlier ones did not
+        alike = {'file', 'checkpoint', 'loss', *old['rows'][0]} - {'dtype', 'budget'}
+        return old if whole and all(alike <= r.keys() for r in old['rows']) else {}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return {}
 
 def set_aside(folder, settings):

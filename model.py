@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import tempfile
 import textwrap
 import weakref
@@ -812,7 +813,9 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     # torch.save turns a full disk into a RuntimeError
     except (OSError, RuntimeError) as error:
-        raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
+        full = shutil.disk_usage(os.path.dirname(path) or '.').free < 1 << 20
+        why = 'the disk is full' if full else reason(error)
+        raise BadInput(f'{path}: cannot be written ({why})') from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -1077,9 +1080,14 @@ def export(model, folder):
     try:
         if not model.config.projections and sizes == {model.config.n_hidden}:
             export_plain(model, folder)
-    except Exception as error:          # safetensors has a kind of its own for a full disk
+        save(model, path)
+    except BaseException as error:
+        for name in os.listdir(folder):     # half of an export is none
+            os.remove(os.path.join(folder, name))
+        # safetensors has a kind of its own for a full disk
+        if isinstance(error, BadInput) or not isinstance(error, Exception):
+            raise
         raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
-    save(model, path)
 
 def export_plain(model, folder):
     """The folder's part for transformers: config.json, model.safetensors, the tokenizer."""

@@ -651,7 +651,8 @@ def check_said(data, path):
     for name in known.keys() & data['options'].keys():
         value = data['options'][name]
         with contextlib.suppress(BadInput):
-            if value == known[name].default or cast(name, str(value), known[name]) == value:
+            if type(value) in (str, int, float, bool, NoneType) and (
+                    value == known[name].default or cast(name, str(value), known[name]) == value):
                 continue
         raise BadInput(f'{path}: damaged, its option {name} is {reason(value)}')
     seconds, hashes = data['metrics'].get('seconds', 0), (about.get('hash'), data.get('parent'))
