@@ -75,7 +75,8 @@ class Config:
     def check(self):                    # a file may say anything
         for f in fields(self):
             value, kind = getattr(self, f.name), int | float if f.type in (float, list) else f.type
-            for v in value if isinstance(value, list) else [value]:
+            assert isinstance(value, list) == (f.type is list), f.name
+            for v in value if f.type is list else [value]:
                 small = not isinstance(v, int | float) or abs(v) < 1 << 31
                 assert isinstance(v, kind) and small and (type(v) is bool) == (kind is bool), f.name
 

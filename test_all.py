@@ -1828,30 +1828,33 @@ def test_computing_activations_again_changes_nothing(phase):
         found.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found)) and len(found[0]) == len(found[1])
 
-def survive(argv):
-    """A run that writes a checkpoint every step, in a process that is going to be killed."""
+def survive(argv, out):
+    """Runs that write a checkpoint every step, in a process that is going to be killed: every phase
+    but exits, which do not go with halting; then these of the dense model."""
     train.SAVE_EVERY = 0
-    train.run(train.parse(argv, False))
+    run(*TINY, *argv, *ALL, out=out)
+    for phase, more in (('base', BASE[1:]), ('dense', []), ('exits', EXITS)):
+        run(f'--phase={phase}', '--dropout=0.1', *argv, *more, out=f'{out}-exits')
 
-# every phase but exits, which do not go with halting
+EXITS = ['--exits=1', '--exits_steps=8']
 ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
        '--attn_projections=qk', '--attn_steps=8', '--router_loss=active', '--expert_price=0.3',
        '--adapt_steps=5', '--n_masks=3', '--masks_steps=5', '--distil=0.5']
 
 def test_killed_ten_times_is_never_killed(labelled, tmp_path):
-    context, argv = multiprocessing.get_context('forkserver'), [*TINY, f'--data={labelled}', *ALL]
+    context, argv = multiprocessing.get_context('forkserver'), [f'--data={labelled}']
     context.set_forkserver_preload(['test_all'])
     moments, alive = np.random.default_rng(0).uniform(0.1, 2, 10), []
     for out, seconds in [('whole', None), *(('killed', s) for s in moments), ('killed', None)]:
-        job = context.Process(target=survive, args=([*argv, f'--out_dir={tmp_path / out}'],))
+        job = context.Process(target=survive, args=(argv, tmp_path / out))
         job.start()
         job.join(seconds)
         alive.append(job.is_alive())
         job.kill()
         job.join()
     assert sum(alive) >= 7 and job.exitcode == 0
-    made = train.siblings(tmp_path / 'whole')
-    assert {data['phase'] for data in made.values()} == {*train.PHASES} - {'exits'}
+    made = train.siblings(tmp_path / 'whole') | train.siblings(tmp_path / 'whole-exits')
+    assert {data['phase'] for data in made.values()} == {*train.PHASES}
     for path in made:
         assert M.checkpoint_hash(path) == M.checkpoint_hash(path.replace('whole', 'killed'))
 

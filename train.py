@@ -643,6 +643,8 @@ def read_phase(path, unfinished=True):
     batch = data['options'].get('batch_size', 0) * data['ranks']
     if batch and batch % ranks()[1] == 0:
         data['options']['batch_size'] = batch // ranks()[1]
+    elif batch:
+        say_once(f'warning: {ranks()[1]} processes do not share out the batch of {batch} of {path}')
     return data
 
 def check_said(data, path):
@@ -1259,9 +1261,11 @@ def guarded(job):
     except BrokenPipeError:                 # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception:                       # of the others it is only that one is gone
+    except Exception as error:              # of the others it is only that one is gone
         if first():
-            raise
+            if ranks()[1] == 1 or 'onnection closed by peer' not in str(error):
+                raise
+            print('error: another process has died; the same command goes on', file=sys.stderr)
         sys.exit(1)
 
 if __name__ == '__main__':
