@@ -1880,10 +1880,12 @@ def test_a_kill_in_the_last_step_stops_the_run(text, tmp_path):
     assert M.read_checkpoint(tmp_path / 'hour/dense.pt')['options']['sparsify_lr'] == 5e-4
     refused('made with 2', '--phase=dense', '--preset=hour', '--n_layer=6', out=tmp_path / 'hour')
 
-def as_rank(how, *folders):
-    """One of two: each phase again, with half of the batch, sharded or not; or until this one
-    fails; or what is left of the first."""
-    def again(folder, path, data):
+def as_rank(*jobs):
+    """One of two, of each job HOW=FOLDER: every phase again, with half of the batch, sharded or
+    whole; or until this one fails; or what is left of the first."""
+    failing = jobs[0].startswith('failing')
+
+    def again(folder, path, data, fsdp):
         own = {*train.own_options(data['phase']), 'seed'}
         own = {name: value for name, value in data['options'].items() if name in own}
         own |= dict(out_dir=folder, phase=data['phase'], batch_size=2, overwrite=True)
@@ -1891,7 +1893,7 @@ def as_rank(how, *folders):
         if not kernel.ranks()[0]:
             os.rename(path, path + '.one')
         kernel.wait_for_all()
-        train.run(own | dict(fsdp=how != 'whole'))
+        train.run(own | dict(fsdp=fsdp))
         if not kernel.ranks()[0]:
             pairs = zip(*(M.read_checkpoint(p)['model'].values() for p in (path, path + '.one')))
             print('apart', max([(1.0 * a - 1.0 * b).abs().max().item()
@@ -1899,17 +1901,17 @@ def as_rank(how, *folders):
             os.replace(path + '.one', path)
 
     def fail():
-        if how == 'failing' and kernel.ranks()[0] == 1:
+        if failing and kernel.ranks()[0] == 1:
             raise ArithmeticError('this rank is lost')
 
     def job():
-        for folder in folders:
+        for how, folder in (job.split('=') for job in jobs):
             if how == 'rest':
                 return train.run(dict(out_dir=folder, phase='base', fsdp=True))
             for path, data in train.siblings(folder).items():
-                again(folder, path, data)
+                again(folder, path, data, how != 'whole')
 
-    train.SAVE_EVERY = 60 if how != 'failing' else 0
+    train.SAVE_EVERY = 0 if failing else 60
     with stopping(5, fail):
         train.guarded(job)
 
@@ -1933,20 +1935,21 @@ def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
                '--no-python', sys.executable, '-c',
                'import sys, test_all; test_all.as_rank(*sys.argv[1:])']
 
-    def ranks(how, *asked):
-        done = subprocess.run([*command, how, *asked], capture_output=True, text=True, cwd=HERE,
-                              timeout=200)
+    def ranks(*jobs, phases):
+        """Two of them, which learn what one did in these phases."""
+        done = subprocess.run([*command, *jobs], capture_output=True, text=True, cwd=HERE,
+                              timeout=300)
         two = re.findall(shown, done.stdout)
-        assert [name for name, _ in two] == [name for name, _ in one[:len(two)]]
-        assert all(abs(float(a) - float(b)) < 1.5e-4 for (_, a), (_, b) in zip(one, two))
+        assert [name for name, _ in two] == [name for name, _ in phases], done.stderr
+        assert all(abs(float(a) - float(b)) < 1.5e-4 for (_, a), (_, b) in zip(phases, two))
         assert all(float(x) < 1e-5 for x in re.findall(r'apart (\S+)', done.stdout)), done.stdout
-        return done, len(two)
+        return done
 
-    for how, asked, n in (('whole', folders, len(one)), ('sharded', folders[:1], 9)):
-        done, phases = ranks(how, *asked)
-        assert not done.returncode and phases == n, done.stderr
+    done = ranks(*(f'whole={folder}' for folder in folders), f'sharded={folders[0]}',
+                 phases=one + one[:9])
+    assert not done.returncode, done.stderr
     # the others say nothing, and what is left is gone on with by one process, or by two
-    done, _ = ranks('failing', folders[0])
+    done = ranks(f'failing={folders[0]}', phases=[])
     assert done.returncode and done.stderr.count('ArithmeticError: this rank is lost') == 1
     assert 'Connection closed' not in done.stderr
     left = (folders[0] / 'base.pt').read_bytes()
@@ -1955,9 +1958,8 @@ def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
     # the batch of both, in one
     assert M.read_checkpoint(folders[0] / 'base.pt')['options']['batch_size'] == 4
     (folders[0] / 'base.pt').write_bytes(left)
-    done, phases = ranks('rest', folders[0])
-    assert 'going on at step 5 of 20' in done.stdout and phases == 1
-    assert not done.returncode, done.stderr
+    done = ranks(f'rest={folders[0]}', phases=one[:1])
+    assert 'going on at step 5 of 20' in done.stdout and not done.returncode, done.stderr
 
 def test_seeds_make_one_table(text, tmp_path):
     run(*TINY, '--seeds=0,1', '--router_loss=norm', '--rule=dynk', '--tau=0.1', '--budget=0.9',
