@@ -814,10 +814,11 @@ def cpp_attention(q, k, v, layout, cache=None, only=False):
         cache.n += layout.L
     return y.to(dtype)
 
-def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, masks=None,
+def encode_int8(x, blocks, layout, heads, pre_ln, eps, cache=None, only=False, masks=None,
                 halting=None):
     """The blocks of a model in int8, a list of int8_layer(), as one call: x (T, D) fp32 -> (T, D),
     in place; with `only` (B, D): the last block is needed for the tokens layout.head_rows() alone.
+    heads: how many, of how many dimensions.
     masks: a list that receives each MLP's (T, E), None where it has no router. halting (2), gain
     and shift of router.Halting: tokens leave early; `masks` receives also what entered each block,
     its `alive`."""
@@ -826,7 +827,7 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
     if halting is not None:
         out, alive = x.new_zeros(layout.B if only else T, D), torch.zeros(len(blocks), 3).double()
         layout = layout._replace(starts=layout.starts.clone())
-    qkv, y = x.new_empty(T, 3, n_head, D // n_head), x.new_empty(T, D)
+    qkv, y = x.new_empty(T, 3, *heads), x.new_empty(T, math.prod(heads))
     attention = c_attention(*qkv.unbind(1), y, layout, cache[0] if cache else None, only)
     wanted = masks is not None
 
@@ -843,7 +844,7 @@ def encode_int8(x, blocks, layout, n_head, pre_ln, eps, cache=None, only=False, 
                for j, E in enumerate(numbers)]
         chosen += [(i, j, own[j]) for j, E in enumerate(numbers) if E is not None]
         layers.append(layer + packed(k, v, *own))
-    model = packed(x, qkv, *attention, len(layers), T, pre_ln, float(eps), halting, out, alive)
+    model = packed(x, qkv, *attention, len(layers), T, D, pre_ln, float(eps), halting, out, alive)
     library().encode(b''.join(layers), model)
     if halting is not None and wanted:
         here = [tuple(n) for n in alive.tolist() if n[0]]
@@ -1706,14 +1707,14 @@ struct Layer {                   // a projection is one of dense, or of mlps, th
     float *k, *v; u8* masks[5];  // cache; room for the (T, E) that were chosen; or null
 };
 struct Model {
-    float *x, *qkv; Attention a; i64 n_layer, T, pre_ln; double eps;
+    float *x, *qkv; Attention a; i64 n_layer, T, D, pre_ln; double eps;
     const float* halting; float* out; double* alive;  // if tokens halt, which also changes a.starts
 };
 // router.Halting: tokens leave that were read enough, or with `only` whose first was. Who stays
 // moves up; out, a row for each token (`only`: each sequence) there was, is the weighted sum.
 struct Halting {
     const Model& m; i64 D, T, B; std::vector<float> total; std::vector<int> token, text;
-    Halting(const Model& m) : m(m), D(m.a.heads * m.a.d), T(m.T), B(m.a.B), total(T), token(T),
+    Halting(const Model& m) : m(m), D(m.D), T(m.T), B(m.a.B), total(T), token(T),
                               text(B) {
         std::iota(token.begin(), token.end(), 0);
         std::iota(text.begin(), text.end(), 0);
@@ -1761,9 +1762,9 @@ struct Halting {
     }
 };
 struct Pass {  // one thread's way through a layer
-    const Model& m; const Layer* l; i64 D, H; Worker my; Rows r; Buffer normed, router, score;
+    const Model& m; const Layer* l; i64 D, A, H; Worker my; Rows r; Buffer normed, router, score;
     Pass(const Model& m, i64 n, i64 H, i64 W, i64 E)
-        : m(m), D(m.a.heads * m.a.d), H(H), my(n, D, H, E), r(n, W), normed(n * D), router(n * W),
+        : m(m), D(m.D), A(m.a.heads * m.a.d), H(H), my(n, D, H, E), r(n, W), normed(n * D), router(n * W),
           score(n * E) {}
 
     void norm(float* y, const float* x, bool first) {
@@ -1792,24 +1793,26 @@ struct Pass {  // one thread's way through a layer
             if (t >= 0 && t < n) my.rows[some++] = t;
         }
         for (int j = Q; j <= V; j++) if (l->dense[j].w) {
-            const i64 P = l->dense[j].panels(), q = a.only && j == Q ? D / 8 : 0;
+            const i64 P = l->dense[j].panels(), q = a.only && j == Q ? A / 8 : 0;
             const i64 from = P * part / parts, to = P * (part + 1) / parts;
-            const Out out{m.qkv + (t0 * 3 + j) * D, 3 * D};
+            const Out out{m.qkv + (t0 * 3 + j) * A, 3 * A};
             product(l->dense[j], my.x, my.x.ids.data(), n, std::max(from, q), std::max(to, q),
                     out);
             product(l->dense[j], my.x, my.rows.data(), some, std::min(from, q), std::min(to, q),
                     out);
         }
         for (int j = Q; j <= V; j++) if (l->mlps[j].ffn.offsets)
-            mlp(j, t0, n, parts > 1 ? h + j * n * H : h, {m.qkv + (t0 * 3 + j) * D, 3 * D}, part,
+            mlp(j, t0, n, parts > 1 ? h + j * n * H : h, {m.qkv + (t0 * 3 + j) * A, 3 * A}, part,
                 parts, j == Q && a.only ? &a : nullptr);
     }
     // x += attention's output projection
     void project(i64 t0, i64 n, float* h, i64 part, i64 parts) {
         const Out out{m.x + t0 * D, D, true};
-        for (i64 t = 0; t < n; t++) my.x.set(t, m.a.y + (t0 + t) * D);
+        my.x.K = A;
+        for (i64 t = 0; t < n; t++) my.x.set(t, m.a.y + (t0 + t) * A);
         if (l->dense[O].w) product(l->dense[O], my.x, n, part, parts, out);
         else mlp(O, t0, n, h, out, part, parts);
+        my.x.K = D;
     }
     // out = or += one of the MLPs of my.x
     void mlp(int j, i64 t0, i64 n, float* h, Out out, i64 part, i64 parts,
@@ -1856,7 +1859,7 @@ struct Pass {  // one thread's way through a layer
 // tokens that halt they are in `out`
 extern "C" void encode(const Layer* layers, const Model* model) {
     const Model& m = *model;
-    const i64 D = m.a.heads * m.a.d;
+    const i64 D = m.D;
     i64 H = 0, W = 0, E = 0;
     for (i64 i = 0; i < m.n_layer; i++) for (const Branch& b : layers[i].mlps) {
         H = std::max(H, b.ffn.in.N), W = std::max(W, b.r1.N), E = std::max(E, b.ffn.E);

@@ -58,6 +58,7 @@ class Config:
     dropout: float = 0.0                # embeddings, attention weights, residuals; never neurons
     ln_eps: float = 1e-5
     projections: str = ''               # which of q, k, v, o are MLPs of the same cost
+    head_dim: int = 0                   # of q, k and v in each head; 0 = n_embd / n_head
     n_experts: list = field(default_factory=list)   # E of every MLP as tapped; [] = dense
     n_outputs: list = field(default_factory=list)   # R of every MLP with owners, 0 elsewhere
     router_loss: str = ''               # the kind of its routers; '' = none
@@ -79,6 +80,10 @@ class Config:
             for v in value if f.type is list else [value]:
                 small = not isinstance(v, int | float) or abs(v) < 1 << 31
                 assert isinstance(v, kind) and small and (type(v) is bool) == (kind is bool), f.name
+
+    @property
+    def heads(self):                    # (how many, dimensions of each)
+        return self.n_head, self.head_dim or self.n_embd // self.n_head
 
 # -------------------------------------------------------------------------------------- modules
 
@@ -169,10 +174,11 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        D = config.n_embd
+        D, A = config.n_embd, math.prod(config.heads)
         for name in 'qkvo':
+            sizes = (A, D) if name == 'o' else (D, A)
             replaced = name in config.projections
-            new = MLP(D, projection_width(D), 'relu') if replaced else Linear(D, D)
+            new = MLP(D, projection_width(D), 'relu') if replaced else Linear(*sizes)
             setattr(self, name, new)
         self.qkv = None                 # of an int8 model all three in one
         # the router whose first layer those of q, k and v share, in a list: no submodule of this
@@ -228,6 +234,7 @@ class Transformer(nn.Module):
         c = self.config = config
         assert c.n_embd % c.n_head == 0 < c.n_head, 'n_embd must be a multiple of n_head'
         assert c.activation in ACTIVATIONS, f'activation={c.activation} is not known'
+        assert not c.head_dim or not c.projections and 0 < c.head_dim * c.n_head <= c.n_embd
         # what a checkpoint says of the data: tokenizer, names of the classes
         self.about = {}
         self.dtype, self.decoder = 'fp32', None
@@ -444,7 +451,8 @@ class Transformer(nn.Module):
                       and all(p.dtype == torch.float32 for p in self.parameters()))
             routed = not c.rule or plain.get(ROUTERS.get(c.router_loss)) == c.rule
             owned = any(n > 0 for n in c.n_outputs)
-            fits = blocks and routed and not owned and c.n_embd % 8 == 0 == c.router_width % 8
+            eights = (n % 8 == 0 for n in (c.n_embd, math.prod(c.heads), c.router_width))
+            fits = blocks and routed and not owned and all(eights)
             FUSED[self] = int8_blocks(self) if fits else None
         return FUSED[self]
 
@@ -483,7 +491,7 @@ class Transformer(nn.Module):
         fused = self.fused() if self.dtype == 'int8' and masks_only else None
         if fused is not None:
             halts = self.halting and torch.stack([self.halting.gain, self.halting.shift])
-            x = encode_int8(x, fused, layout, c.n_head, c.pre_ln, c.ln_eps, cache, only, tap, halts)
+            x = encode_int8(x, fused, layout, c.heads, c.pre_ln, c.ln_eps, cache, only, tap, halts)
         elif self.halting is not None:
             x = self.halt(x, layout, tap, only)
         else:
@@ -657,12 +665,12 @@ class Transformer(nn.Module):
         Not counted: norms, softmax, activations, look-ups. Attention counts the full square.
         Returns {'attention', 'scores', 'mlp', 'router', 'head', 'total'}.
         """
-        c, D = self.config, self.config.n_embd
+        c, D, A = self.config, self.config.n_embd, math.prod(self.config.heads)
         here, texts, pairs = zip(*(alive or [(1.0, 1.0, 1.0)] * c.n_layer))
         # tokens of each block that have a query, an output and an FFN, and pairs of their scores
         asking = [*here[:-1], texts[-1] / seq_len] if only else here
         scores = [*pairs[:-1], here[-1] / seq_len] if only else pairs
-        out = dict(attention=0.0, scores=4 * D * seq_len * sum(scores), mlp=0.0, router=0.0,
+        out = dict(attention=0.0, scores=4 * A * seq_len * sum(scores), mlp=0.0, router=0.0,
                    head=0.0)
         shares = iter(rho or [1.0] * len(self.mlps()))
         for block, every, some in zip(self.blocks, here, asking):
@@ -671,7 +679,7 @@ class Transformer(nn.Module):
             for module, tokens in parts:
                 part = 'mlp' if module is block.mlp else 'attention'
                 if not isinstance(module, MLP):
-                    out[part] += 2 * D * D * tokens
+                    out[part] += 2 * D * A * tokens
                     continue
                 out[part] += 4 * D * module.n_hidden * next(shares) * tokens
                 if rho is not None and module.router is not None:
@@ -1070,8 +1078,8 @@ def read_published(where, n_classes=0):
 
 def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
-    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections or FFNs of different
-    sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
+    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections, narrow heads or FFNs
+    of different sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
     check_fp32(model, folder)
     path = os.path.join(folder, 'd2dmoe.pt')
     check_writable(path, make_folder=True)
@@ -1079,7 +1087,8 @@ def export(model, folder):
         raise BadInput(f'{folder}: is not an empty folder; give another')
     sizes = {len(mlp.w_in) for mlp in model.ffns()}
     try:
-        if not model.config.projections and sizes == {model.config.n_hidden}:
+        c = model.config
+        if not c.projections and not c.head_dim and sizes == {c.n_hidden}:
             export_plain(model, folder)
         save(model, path)
     except BaseException as error:

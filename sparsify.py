@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn as nn
 
 from kernel import over_ranks, over_tokens, ranks
 from model import MLP, BadInput, projection_width
@@ -120,7 +121,7 @@ class Prune:
 @dataclass
 class Sparsify:
     """ReLU for GELU, then task loss + alpha(t) * penalty."""
-    reads, writes = ('attn', 'halting', 'pruned', 'base'), 'sparse'
+    reads, writes = ('attn', 'narrow', 'halting', 'pruned', 'base'), 'sparse'
     steps: int = 130                    # of dense, too
     lr: float = 1e-3                    # of dense, too
     sparsity_loss: Literal['l1', 'hoyer', 'gelu_clamp'] = 'l1'   # gelu_clamp keeps GELU
@@ -148,7 +149,58 @@ class Sparsify:
         cost = penalty(model, tap, self.sparsity_loss)
         return task + alpha * over_tokens(cost, len(tap[0]['x'])), log
 
-# -------------------------------------------------------------------------------------- projections
+# -------------------------------------------------------------------------------------- attention
+
+def factors(a, b, r):
+    """a (d, n), b (d, m) -> the (r, n) and (r, m) whose product a.T @ b is the closest of rank r to
+    theirs, and the share of its squares that is lost."""
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
+    U, S, V = torch.linalg.svd(ra @ rb.T)                        # of (d, d), never of (n, m)
+    root = S[:r].sqrt()[:, None]
+    lost = S[r:].square().sum() / S.square().sum().clamp_min(1e-30)
+    return root * (qa @ U[:, :r]).T, root * (V[:r] @ qb.T), lost.item()
+
+@dataclass
+class Narrow:
+    """Heads of fewer dimensions: of each head what comes closest to W_q' W_k and to W_o W_v.
+
+    Attention depends on these two alone, so nothing else changes: q, k, v, o, the scores and the
+    cache shrink alike. Dense products, no router; sparsify's steps heal it. Ours, not the paper's."""
+    reads, writes = ('halting', 'pruned', 'base'), 'narrow'
+    wanted = 'head_dim'
+    head_dim: int = 0                   # dimensions of q, k and v in each head; 0: all they have
+
+    @torch.no_grad()
+    def prepare(self, model, batches):
+        c, r, lost = model.config, self.head_dim, []
+        (n, d), D = c.heads, c.n_embd
+        if c.projections or r > d:
+            raise BadInput(f'--head_dim={r}: its heads have {d} dimensions' if r > d else
+                           f'--head_dim={r}: its {c.projections} are MLPs')
+        for at in (block.attn for block in model.blocks):
+            parts = at.q, at.k, at.v, at.o
+            # with the bias, as a weight of the number 1
+            q, k, v, _ = (torch.cat([p.weight, p.bias[:, None]], 1).double() for p in parts)
+            new = [[], [], [], []]
+            for h in (slice(i * d, (i + 1) * d) for i in range(n)):
+                *qk, lost_qk = factors(q[h], k[h], r)
+                *vo, lost_vo = factors(v[h, :D], at.o.weight[:, h].T.double(), r)
+                for rows, more in zip(new, qk + vo):
+                    rows.append(more)
+                lost.append([lost_qk, lost_vo])
+            q, k, v, o = (torch.cat(rows) for rows in new)
+            q *= (r / d) ** 0.5             # attention divides by the root of the new size
+            # weights of attention sum to 1: the bias of v reaches every token alike
+            bias = at.o.weight @ at.v.bias + at.o.bias
+            biases = q[:, D], k[:, D], torch.zeros(n * r), bias
+            for p, weight, bias in zip(parts, (q[:, :D], k[:, :D], v, o.T), biases):
+                p.weight = nn.Parameter(weight.to(bias.device, torch.float32).contiguous())
+                p.bias = nn.Parameter(bias.to(p.weight))
+        c.head_dim = r
+        qk, vo = torch.tensor(lost).mean(0).tolist()
+        print(f"narrow   {r} of {d} dimensions a head: {qk:.1%} of q'k, {vo:.1%} of o v are lost, "
+              'in squares')
+        return dict(lost=[qk, vo])
 
 @torch.no_grad()
 def as_mlp(linear):

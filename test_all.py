@@ -1342,7 +1342,8 @@ def test_generation_is_full_recomputation(projections, length, rule):
     ({}, 'active', 'threshold', 0.5), (BERT, 'norm', 'dynk', 0.4),
     (CLS, 'active', 'threshold', 0.6), (dict(projections='qkvo'), 'norm', 'dynk', 0.4),
     (CLS | dict(projections='qvo'), 'active', 'threshold', 0.5),
-    (dict(projections='kv'), '', '', 0),
+    (dict(projections='kv'), '', '', 0), (dict(head_dim=4), 'norm', 'dynk', 0.4),
+    (CLS | dict(head_dim=4), '', '', 0),
     # what runs one operation at a time
     ({}, 'share', 'topk', 0.4), (dict(n_embd=18), 'norm', 'dynk', 0.4), ({}, OWNERS, 'dynk', 0.4)])
 def test_int8_models(config, kind, rule, tau, poisoned, monkeypatch):
@@ -1633,21 +1634,24 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
 
 def test_pruned_distilled_and_split_by_coactivation(text, tmp_path):
     run(*TINY, f'--data={text}', '--prune=0.25', '--prune_steps=3', '--distil=0.5', '--n_experts=8',
-        '--split=coactivation', '--router_loss=active', '--tau=0.2', '--profile=1', out=tmp_path)
+        '--split=coactivation', '--router_loss=active', '--tau=0.2', '--profile=1', '--head_dim=8',
+        out=tmp_path)
     # three steps are too few to show
     assert len([*tmp_path.glob('*-trace.json')]) == 4
     rows = rows_of(tmp_path)
-    assert {'pruned.pt', 'sparse.pt'} <= set(os.listdir(tmp_path))
+    assert {'pruned.pt', 'narrow.pt', 'sparse.pt'} <= set(os.listdir(tmp_path))
     model, dense = (M.load(tmp_path / f'{name}.pt') for name in ('d2dmoe', 'dense'))
-    assert model.config.n_hidden == 0.75 * dense.config.n_hidden
+    assert model.config.n_hidden == 0.75 * dense.config.n_hidden and model.config.head_dim == 8
     pruned, sparse = (M.read_checkpoint(tmp_path / f'{name}.pt') for name in ('pruned', 'sparse'))
     for taught in (pruned, sparse):
         assert taught['metrics']['teacher'] == M.checkpoint_hash(tmp_path / 'dense.pt')
-    assert sparse['parent'] == M.checkpoint_hash(tmp_path / 'pruned.pt')
+    assert sparse['parent'] == M.checkpoint_hash(tmp_path / 'narrow.pt')
     shutil.copy(tmp_path / 'base.pt', tmp_path / 'dense.pt')
     refused('learned from another', '--phase=sparsify', out=tmp_path)
-    # the pruned FFN is counted as what it is
-    share = 1 - 0.25 * dense.flops(16)['mlp'] / dense.flops(16)['total']
+    # pruned FFNs and narrow heads are counted as what they are
+    cost = dense.flops(32)
+    spared = 0.25 * cost['mlp'] + 0.5 * (cost['attention'] + cost['scores'])
+    share = 1 - spared / cost['total']
     assert rows[1]['flops'] == pytest.approx(share, abs=0.01)
     assert {r['split'] for r in rows if r['method'] == 'd2dmoe'} == {'coactivation'}
 
@@ -1830,13 +1834,13 @@ def test_computing_activations_again_changes_nothing(phase):
 
 def survive(argv, out):
     """Runs that write a checkpoint every step, in a process that is going to be killed: every phase
-    but exits, which do not go with halting; then these of the dense model."""
+    but exits, which do not go with halting, and narrow, not with attn; then these."""
     train.SAVE_EVERY = 0
     run(*TINY, *argv, *ALL, out=out)
-    for phase, more in (('base', BASE[1:]), ('dense', []), ('exits', EXITS)):
-        run(f'--phase={phase}', '--dropout=0.1', *argv, *more, out=f'{out}-exits')
+    for phase, more in (('base', BASE[1:]), ('dense', []), ('narrow', ['--head_dim=8']),
+                        ('exits', ['--exits=1', '--exits_steps=8'])):
+        run(f'--phase={phase}', '--dropout=0.1', *argv, *more, out=f'{out}-more')
 
-EXITS = ['--exits=1', '--exits_steps=8']
 ALL = ['--dropout=0.1', '--prune=0.25', '--prune_steps=5', '--halting=1', '--halting_steps=5',
        '--attn_projections=qk', '--attn_steps=8', '--router_loss=active', '--expert_price=0.3',
        '--adapt_steps=5', '--n_masks=3', '--masks_steps=5', '--distil=0.5']
@@ -1853,7 +1857,7 @@ def test_killed_ten_times_is_never_killed(labelled, tmp_path):
         job.kill()
         job.join()
     assert sum(alive) >= 7 and job.exitcode == 0
-    made = train.siblings(tmp_path / 'whole') | train.siblings(tmp_path / 'whole-exits')
+    made = train.siblings(tmp_path / 'whole') | train.siblings(tmp_path / 'whole-more')
     assert {data['phase'] for data in made.values()} == {*train.PHASES}
     for path in made:
         assert M.checkpoint_hash(path) == M.checkpoint_hash(path.replace('whole', 'killed'))
@@ -1930,7 +1934,7 @@ def test_two_ranks_learn_what_one_does(text, tmp_path, capsys):
     run(*few, '--exits=1', '--exits_steps=20', out=folders[2])
     shown = r'(\w+) +step 20/20 +loss ([\d.]+)'
     one = re.findall(shown, capsys.readouterr().out)
-    assert {name for name, _ in one} == {*train.PHASES} - {'moefy'}
+    assert {name for name, _ in one} == {*train.PHASES} - {'moefy', 'narrow'}      # no steps
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                '--no-python', sys.executable, '-c',
                'import sys, test_all; test_all.as_rank(*sys.argv[1:])']
@@ -2048,6 +2052,31 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     assert run('--phase=eval', out=spoiled)['activity'] != results['activity']
     assert 'trained for other steps' in capsys.readouterr().out
     refused('dense.pt was made with 8', '--phase=all', '--sparsify_steps=9', out=spoiled)
+
+@pytest.mark.parametrize('config', [{}, BERT, CLS])
+def test_narrow_heads(config):
+    m, idx, keep = tiny(n_embd=32, **config), tokens(3, 12), ragged(12)
+    # of all dimensions the same model; the fewer, the more is lost, and the less they cost
+    found, sizes = [copy.deepcopy(m) for _ in range(3)], (16, 12, 4)
+    lost = [sparsify.Narrow(head_dim=r).prepare(n, None)['lost'] for n, r in zip(found, sizes)]
+    close(found[0](idx, keep), m(idx, keep))
+    assert lost[0] == pytest.approx([0, 0], abs=1e-9) and np.all(np.diff(lost, axis=0) > 0.01)
+    whole, narrow = m.flops(12), found[2].flops(12)
+    assert all(whole[x] / narrow[x] == (4 if x in ('attention', 'scores') else 1)
+               for x in ('attention', 'scores', 'mlp'))
+    # as close as any of rank 4, with biases, by an SVD of the products themselves
+    def products(at, d):
+        q, k, v = (torch.cat([p.weight, p.bias[:, None]], 1).double() for p in (at.q, at.k, at.v))
+        heads = [slice(i * d, (i + 1) * d) for i in range(2)]
+        return [x for h in heads for x in (q[h].T @ k[h] / d ** 0.5,
+                                           at.o.weight[:, h].double() @ v[h, :-1])]
+
+    for block, old in zip(found[2].blocks, m.blocks):
+        for ours, theirs in zip(products(block.attn, 4), products(old.attn, 16)):
+            U, S, V = torch.linalg.svd(theirs)
+            close(ours, U[:, :4] * S[:4] @ V[:4], 1e-5)
+    refused('its heads have 4', job=sparsify.Narrow(head_dim=5).prepare, model=found[2],
+            batches=None)
 
 def test_sample_and_export_take_either_router(finished, tmp_path, capsys):
     out = finished[0]
@@ -2361,6 +2390,7 @@ REFUSED = [
     ('--router_loss=oracle', 'nothing to learn'), ('--n_experts=2000', '1024 neurons'),
     ('--router_loss=norm,share', 'adapt learns with active'), ('--halt_sooner=1', 'add --halting'),
     ('--router_loss=share --preset=paper --router_width=3', 'as wide as it has experts'),
+    ('--head_dim=8 --attn_projections=q', 'give one'),
     ('--out_dir=\udcff', 'PYTHONUTF8=1'),
     ('--n_experts=8 --expert_size=7', 'give one'), ('--seeds=0,0', 'different whole numbers'),
     ('--phase=attn', 'train.py --phase=base'), ('--zzzz=1', 'see --help'),

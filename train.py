@@ -69,7 +69,7 @@ from model import (BadInput, Config, Masks, Transformer, build, check_writable, 
                    unpickled, write_atomically)
 from moefy import LearnMasks, Moefy
 from router import GRID, FLOOR, ROUTERS, Adapt, LearnExits, LearnHalting, Route
-from sparsify import Distil, Prune, Sparsify
+from sparsify import Distil, Narrow, Prune, Sparsify
 
 # -------------------------------------------------------------------------------------- options
 
@@ -204,9 +204,9 @@ class Dense:
     lr: float = Sparsify.lr
     prepare, parameters, loss = Base.prepare, Base.parameters, Base.loss
 
-PHASES = dict(base=Base, dense=Dense, prune=Prune, halting=LearnHalting, attn=Distil,
-              sparsify=Sparsify, moefy=Moefy, router=Route, adapt=Adapt, exits=LearnExits,
-              masks=LearnMasks)
+PHASES = dict(base=Base, dense=Dense, prune=Prune, halting=LearnHalting, narrow=Narrow,
+              attn=Distil, sparsify=Sparsify, moefy=Moefy, router=Route, adapt=Adapt,
+              exits=LearnExits, masks=LearnMasks)
 # what each command takes, eval beside what made the checkpoints
 EACH = ('phase', 'preset', 'out_dir', 'seeds', 'router_loss', 'rule', 'tau', 'floor', 'budget',
         'max_loss')
@@ -368,6 +368,8 @@ def check(typed, explicit):
            f'{least:.1%} of the FLOPs; ask for more')
     refuse((o.exits or o.halting) and begins and not bert, '--exits=1, --halting=1: for BERTs '
            'only; the next tokens of a GPT need the keys and values of every block')
+    refuse(o.head_dim and o.attn_projections, '--head_dim, --attn_projections: narrow heads do '
+           'not go with projections that are MLPs; give one')
     refuse(o.exits and o.halting, '--exits=1, --halting=1: tokens that halt do not go with texts '
            'that leave early; give one')
     refuse(o.fsdp and int(os.environ.get('WORLD_SIZE', 1)) == 1,
@@ -471,8 +473,13 @@ def open_corpus(o, folder, made=None):
     try:
         known |= {name: x.numpy() for name, x in known.items() if torch.is_tensor(x)}
         for name in ('train', 'val') if o.arch == 'bert' else ():
-            texts = np.split(known[name], known[f'{name}_ends'][:-1])
-            known[name] = Rows(texts, known[f'{name}_classes'])
+            ends, classes = known[f'{name}_ends'], known[f'{name}_classes']
+            sizes, n_classes = np.diff(ends, prepend=0), len(known['about']['classes'])
+            assert 0 < sizes.min() <= sizes.max() <= o.block_size, 'sizes of texts'
+            assert len(ends) == len(classes) and ends[-1] == len(known[name]), 'ends of texts'
+            assert 0 <= classes.min() <= classes.max() < n_classes, 'classes'
+            assert known[name].max() < known['about']['vocab'], 'tokens'
+            known[name] = Rows(np.split(known[name], ends[:-1]), classes)
         return checked(o, Corpus(known['train'], known['val'], known['about']))
     except BadInput:
         raise
