@@ -1485,6 +1485,8 @@ METHODS = {
         'dense', 'attn sparsify moefy router adapt', ONE_SCHEDULE + ' --attn_projections=qk'),
     ('ours', 'projections, one schedule'): (
         'dense', 'attn sparsify moefy router adapt', ONE_SCHEDULE + ' --attn_projections=qkvo'),
+    ('ours', 'narrow heads, one schedule'): (                     # half of the dimensions
+        'dense', 'narrow sparsify moefy router adapt', ONE_SCHEDULE + ' --head_dim=32'),
     ('ours', 'with halting, one schedule'): (
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
@@ -1501,7 +1503,8 @@ MAIN = {                                # three seeds
     'dense': ('', 'longer'), 'small': ('',), 'moefication': ('',), 'masks': ('',),
     'd2dmoe': ('', 'longer', 'projections, longer'), 'pruning': ('',),
     'ours': ('', 'adapted', 'with halting', 'with halting, adapted', 'projections', 'one schedule',
-             'q and k, one schedule', 'projections, one schedule', 'with halting, one schedule')}
+             'q and k, one schedule', 'projections, one schedule', 'narrow heads, one schedule',
+             'with halting, one schedule')}
 
 def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')

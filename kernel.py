@@ -1764,8 +1764,8 @@ struct Halting {
 struct Pass {  // one thread's way through a layer
     const Model& m; const Layer* l; i64 D, A, H; Worker my; Rows r; Buffer normed, router, score;
     Pass(const Model& m, i64 n, i64 H, i64 W, i64 E)
-        : m(m), D(m.D), A(m.a.heads * m.a.d), H(H), my(n, D, H, E), r(n, W), normed(n * D), router(n * W),
-          score(n * E) {}
+        : m(m), D(m.D), A(m.a.heads * m.a.d), H(H), my(n, D, H, E), r(n, W), normed(n * D),
+          router(n * W), score(n * E) {}
 
     void norm(float* y, const float* x, bool first) {
         const float *scale = first ? l->scale1 : l->scale2, *shift = first ? l->shift1 : l->shift2;

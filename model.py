@@ -1079,7 +1079,8 @@ def read_published(where, n_classes=0):
 def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
     d2dmoe.pt, which load(folder) reads, beside it; with replaced projections, narrow heads or FFNs
-    of different sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
+    of different sizes, which no plain model has, only that. BadInput if the folder is there and not
+    empty."""
     check_fp32(model, folder)
     path = os.path.join(folder, 'd2dmoe.pt')
     check_writable(path, make_folder=True)

@@ -164,8 +164,8 @@ def factors(a, b, r):
 class Narrow:
     """Heads of fewer dimensions: of each head what comes closest to W_q' W_k and to W_o W_v.
 
-    Attention depends on these two alone, so nothing else changes: q, k, v, o, the scores and the
-    cache shrink alike. Dense products, no router; sparsify's steps heal it. Ours, not the paper's."""
+    Attention depends on these two alone. q, k, v, o, the scores and the cache shrink alike; dense
+    products, no router; sparsify's steps heal it. Ours, not the paper's."""
     reads, writes = ('halting', 'pruned', 'base'), 'narrow'
     wanted = 'head_dim'
     head_dim: int = 0                   # dimensions of q, k and v in each head; 0: all they have
