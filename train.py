@@ -350,19 +350,7 @@ def check(typed, explicit):
     refuse(new and getattr(o, name) > 4 * o.n_embd, f'--{name}={getattr(o, name)}: more than the '
            f'{4 * o.n_embd} neurons of an FFN')
     refuse(o.n_embd % o.n_head, f'--n_embd={o.n_embd}: must be a multiple of --n_head={o.n_head}')
-    kinds = o.router_loss.split(',')
-    for kind in kinds:
-        refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
-               f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
-    refuse(o.phase == 'all' and begins and o.expert_price
-           and all(ROUTERS[kind].rule != 'threshold' for kind in kinds), f'--router_loss='
-           f'{o.router_loss}: adapt learns with active routers; add active, or --preset=paper, '
-           'which does without adapt')
-    refuse('router_width' in explicit
-           and all(getattr(ROUTERS.get(kind), 'square', False) for kind in kinds),
-           f'--router_width: --router_loss={o.router_loss} is as wide as it has experts')
-    refuse(o.halt_sooner and begins and not o.halting, f'--halt_sooner={o.halt_sooner}: of tokens '
-           'that halt; add --halting=1')
+    check_routers(o, explicit, begins)
     least = least_flops(o) if o.budget else 0.0
     refuse(o.budget and o.budget <= least, f'--budget={o.budget}: attention and head alone cost '
            f'{least:.1%} of the FLOPs; ask for more')
@@ -377,14 +365,30 @@ def check(typed, explicit):
     refuse(o.phase == 'export' and not o.to,
            '--phase=export needs --to=DIR, a folder that is not there yet')
 
+def check_routers(o, explicit, begins):
+    """The part of check() that asks what kinds of routers can do."""
+    kinds = o.router_loss.split(',')
+    for kind in kinds:
+        refuse(not hasattr(ROUTERS.get(kind, Route), 'loss') and o.phase in ('all', 'router'),
+               f'--router_loss={kind}: has nothing to learn here; eval shows it anyway')
+    refuse(o.phase == 'all' and begins and o.expert_price
+           and all(ROUTERS[kind].rule != 'threshold' for kind in kinds), f'--router_loss='
+           f'{o.router_loss}: adapt learns with active routers; add active, or --preset=paper, '
+           'which does without adapt')
+    refuse('router_width' in explicit
+           and all(getattr(ROUTERS.get(kind), 'square', False) for kind in kinds),
+           f'--router_width: --router_loss={o.router_loss} is as wide as it has experts')
+    refuse(o.halt_sooner and begins and not o.halting, f'--halt_sooner={o.halt_sooner}: of tokens '
+           'that halt; add --halting=1')
+
 def least_flops(o):
     """What of the dense FLOPs is left where no expert runs."""
-    made = [os.path.join(o.out_dir, name) for name in ('attn.pt', 'base.pt')]
+    made = [os.path.join(o.out_dir, f'{name}.pt') for name in ('attn', 'narrow', 'base')]
     made = next(filter(os.path.exists, made), o.init_from)
     c = peek(made)[0] if made else new_config(o, 50257 if o.tokenizer == 'gpt2' else 256, 2)
     with torch.device('meta'):
         model = Transformer(replace(c, projections=o.attn_projections or c.projections, rule='',
-                                    router_loss=''))
+                                    router_loss='', head_dim=o.head_dim or c.head_dim))
     all_off = [0.0] * len(model.mlps())
     whole, least = (model.flops(c.block_size, rho)['total'] for rho in (None, all_off))
     return least / whole
