@@ -1486,7 +1486,7 @@ METHODS = {
     ('ours', 'projections, one schedule'): (
         'dense', 'attn sparsify moefy router adapt', ONE_SCHEDULE + ' --attn_projections=qkvo'),
     ('ours', 'narrow heads, one schedule'): (                     # half of the dimensions
-        'dense', 'narrow sparsify moefy router adapt', ONE_SCHEDULE + ' --head_dim=32'),
+        'dense', 'narrow sparsify moefy router adapt', ONE_SCHEDULE + ' --narrow=0.5'),
     ('ours', 'with halting, one schedule'): (
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),

@@ -38,6 +38,7 @@ if __name__ == '__main__':                  # Ctrl-C while torch is being import
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -167,16 +168,16 @@ class Narrow:
     Attention depends on these two alone. q, k, v, o, the scores and the cache shrink alike; dense
     products, no router; sparsify's steps heal it. Ours, not the paper's."""
     reads, writes = ('halting', 'pruned', 'base'), 'narrow'
-    wanted = 'head_dim'
-    head_dim: int = 0                   # dimensions of q, k and v in each head; 0: all they have
+    wanted = 'narrow'
+    narrow: Annotated[float, '0..1'] = 0.0  # share of its dimensions that a head keeps; 0: all
 
     @torch.no_grad()
     def prepare(self, model, batches):
-        c, r, lost = model.config, self.head_dim, []
+        c, lost = model.config, []
         (n, d), D = c.heads, c.n_embd
-        if c.projections or r > d:
-            raise BadInput(f'--head_dim={r}: its heads have {d} dimensions' if r > d else
-                           f'--head_dim={r}: its {c.projections} are MLPs')
+        r = min(d, 8 * math.ceil(self.narrow * d / 8))           # blocks of 8, as int8 has
+        if c.projections:
+            raise BadInput(f'--narrow: its {c.projections} are MLPs already')
         for at in (block.attn for block in model.blocks):
             parts = at.q, at.k, at.v, at.o
             # with the bias, as a weight of the number 1

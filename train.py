@@ -9,8 +9,8 @@
     python train.py --preset=bert --data=emotion.tsv --attn_projections=qkvo
 
     base --> dense                              the control: as many more steps, no penalty
-      +--> [prune] --> [halting] --> [attn] --> sparsify --> moefy --> router --> [adapt] --> eval
-      +--> [masks]  pruned.pt  halting.pt  attn.pt  sparse.pt  moe.pt  d2dmoe.pt  results.json
+      +--> [prune] --> [halting] --> [narrow], [attn] --> sparsify --> moefy --> router --> [adapt]
+      +--> [masks]                narrow.pt  attn.pt     sparse.pt   moe.pt    d2dmoe.pt     eval
                                                            [exits] of d2dmoe.pt, or of dense.pt
 
 A phase is a class whose fields are its options, and it lives with its method:
@@ -356,8 +356,8 @@ def check(typed, explicit):
            f'{least:.1%} of the FLOPs; ask for more')
     refuse((o.exits or o.halting) and begins and not bert, '--exits=1, --halting=1: for BERTs '
            'only; the next tokens of a GPT need the keys and values of every block')
-    refuse(o.head_dim and o.attn_projections, '--head_dim, --attn_projections: narrow heads do '
-           'not go with projections that are MLPs; give one')
+    refuse(o.narrow and o.attn_projections, '--narrow, --attn_projections: narrow heads do not go '
+           'with projections that are MLPs; give one')
     refuse(o.exits and o.halting, '--exits=1, --halting=1: tokens that halt do not go with texts '
            'that leave early; give one')
     refuse(o.fsdp and int(os.environ.get('WORLD_SIZE', 1)) == 1,
@@ -386,9 +386,10 @@ def least_flops(o):
     made = [os.path.join(o.out_dir, f'{name}.pt') for name in ('attn', 'narrow', 'base')]
     made = next(filter(os.path.exists, made), o.init_from)
     c = peek(made)[0] if made else new_config(o, 50257 if o.tokenizer == 'gpt2' else 256, 2)
+    c.head_dim = c.head_dim or math.ceil(o.narrow * c.n_embd / c.n_head)
     with torch.device('meta'):
         model = Transformer(replace(c, projections=o.attn_projections or c.projections, rule='',
-                                    router_loss='', head_dim=o.head_dim or c.head_dim))
+                                    router_loss=''))
     all_off = [0.0] * len(model.mlps())
     whole, least = (model.flops(c.block_size, rho)['total'] for rho in (None, all_off))
     return least / whole
