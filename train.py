@@ -462,7 +462,7 @@ def open_corpus(o, folder, made=None):
     path, known = os.path.join(folder, 'data.pt'), {}
     with contextlib.suppress(Exception):    # not there, or damaged: encoded again
         found = unpickled(path, every_bit=True)
-        known = {name: found[name] for name in ('about', 'wanted', *found)}
+        known = found if found['about']['hash'] and found['wanted'] else {}
     wanted = [o.data, o.val, o.tokenizer, o.arch, o.init_from, o.block_size]
     sources = [text_files(source) for source in (o.data, o.val) if source]
     files = sum(sources, [])
