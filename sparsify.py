@@ -195,7 +195,7 @@ class Narrow:
             bias = at.o.weight @ at.v.bias + at.o.bias
             biases = q[:, D], k[:, D], torch.zeros(n * r), bias
             for p, weight, bias in zip(parts, (q[:, :D], k[:, :D], v, o.T), biases):
-                p.weight = nn.Parameter(weight.to(bias.device, torch.float32).contiguous())
+                p.weight = nn.Parameter(weight.to(p.weight).contiguous())
                 p.bias = nn.Parameter(bias.to(p.weight))
         c.head_dim = r
         qk, vo = torch.tensor(lost).mean(0).tolist()
