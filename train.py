@@ -794,7 +794,7 @@ def run_phase(name, typed, value=None, source=None, path=None):
         notes['seconds'] = own.get('metrics', {}).get('seconds', 0) + time.time() - began
         save(model, path, step=step, optimizer=optimizer, **record)
 
-    waits = o.fsdp or getattr(ROUTERS.get(o.router_loss), 'waits', False)
+    waits = o.fsdp or name == 'router' and getattr(ROUTERS[o.router_loss], 'waits', False)
     refuse(model.halting is not None and ranks()[1] > 1 and waits, '--halting=1 in several '
            'processes does not go with --fsdp or share: one may have no token left')
     stopped = learn(name, phase, model.to(device), own, corpus, o, device, keep) if steps else 0
