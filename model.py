@@ -1078,9 +1078,8 @@ def read_published(where, n_classes=0):
 
 def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
-    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections, narrow heads or FFNs
-    of different sizes, which no plain model has, only that. BadInput if the folder is there and not
-    empty."""
+    d2dmoe.pt, which load(folder) reads, beside it; with replaced projections or FFNs of different
+    sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
     check_fp32(model, folder)
     path = os.path.join(folder, 'd2dmoe.pt')
     check_writable(path, make_folder=True)
@@ -1089,7 +1088,7 @@ def export(model, folder):
     sizes = {len(mlp.w_in) for mlp in model.ffns()}
     try:
         c = model.config
-        if not c.projections and not c.head_dim and sizes == {c.n_hidden}:
+        if not c.projections and sizes == {c.n_hidden}:
             export_plain(model, folder)
         save(model, path)
     except BaseException as error:
@@ -1099,6 +1098,23 @@ def export(model, folder):
         if isinstance(error, BadInput) or not isinstance(error, Exception):
             raise
         raise BadInput(f'{folder}: cannot be written ({reason(error)})') from None
+
+def widened(model):
+    """The state of a model, narrow heads filled up with zeros to the dimensions of plain ones."""
+    (n, r), state = model.config.heads, model.state_dict()
+    d = model.config.n_embd // n
+
+    def wide(t):                            # (n r, ...) -> (n d, ...)
+        t = t.unflatten(0, (n, r))
+        return torch.cat([t, t.new_zeros(n, d - r, *t.shape[2:])], 1).flatten(0, 1)
+
+    for at in (f'blocks.{i}.attn' for i in range(model.config.n_layer)):
+        # theirs divide scores by the root of the larger size
+        for name, scale in (('q', (d / r) ** 0.5), ('k', 1.0), ('v', 1.0)):
+            for kind in ('weight', 'bias'):
+                state[f'{at}.{name}.{kind}'] = scale * wide(state[f'{at}.{name}.{kind}'])
+        state[f'{at}.o.weight'] = wide(state[f'{at}.o.weight'].T).T
+    return state
 
 def export_plain(model, folder):
     """The folder's part for transformers: config.json, model.safetensors, the tokenizer."""
@@ -1112,7 +1128,7 @@ def export_plain(model, folder):
         labels = model.about.get('classes') or [f'LABEL_{i}' for i in range(c.n_classes)]
         j.id2label = dict(enumerate(labels))
         j.label2id = {label: i for i, label in enumerate(labels)}
-    own, tensors = model.state_dict(), {}
+    own, tensors = widened(model), {}
     for name, (ours, turned) in published(model).items():
         whole = torch.cat([own[our] for our in ours])
         tensors[name.removeprefix(prefix)] = (whole.T if turned else whole).contiguous()

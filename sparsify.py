@@ -24,12 +24,18 @@ of its inputs,
 
 relative to the original's size, so that one weight of the penalty suits all (the authors: MSE).
 
+Heads of fewer dimensions r (ours): a head asks and is asked by q'k, and gives W_o y, y = sum p v.
+Of all maps to r dimensions those that change these least on average, with R'R = E[q q'], S'S =
+E[k k'] on some batches and U Z V' the SVD of R S', are
+
+    q -> Z^-1/2 V_r' S q        k -> Z^-1/2 U_r' R k        and the same for the rows of W_o and y.
+
 Pruning, the control, removes the neurons that do least on some batches and trains on.
 
     python sparsify.py out/base.pt out/sparse.pt --sparsity_weight=1e-3
     python sparsify.py out/base.pt out/attn.pt --attn_projections=qkvo
 
-    T tokens · D n_embd · H hidden neurons
+    T tokens · D n_embd · H hidden neurons · n heads of d dimensions, then of r
 """
 
 if __name__ == '__main__':                  # Ctrl-C while torch is being imported ends quietly
@@ -152,55 +158,74 @@ class Sparsify:
 
 # -------------------------------------------------------------------------------------- attention
 
-def factors(a, b, r):
-    """a (d, n), b (d, m) -> the (r, n) and (r, m) whose product a.T @ b is the closest of rank r to
-    theirs, and the share of its squares that is lost."""
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
-    U, S, V = torch.linalg.svd(ra @ rb.T)                        # of (d, d), never of (n, m)
-    root = S[:r].sqrt()[:, None]
-    lost = S[r:].square().sum() / S.square().sum().clamp_min(1e-30)
-    return root * (qa @ U[:, :r]).T, root * (V[:r] @ qb.T), lost.item()
+def closest(A, B, r):
+    """Maps (n, r, d) of vectors a and b after which a'b is, on average, as close to what it was as
+    r dimensions allow: an SVD between the roots of their second moments A, B (n, d, d), as if a and
+    b were independent (Eckart and Young). And the share (n) of its squares that is lost."""
+    def root(G):                            # R' R = G
+        values, vectors = torch.linalg.eigh(G)
+        # a direction that no token took is not quite forgotten
+        least = 1e-6 * values.mean(-1, keepdim=True) + 1e-30
+        return values.maximum(least).sqrt()[..., None] * vectors.mT
+
+    A, B = root(A), root(B)
+    U, S, V = torch.linalg.svd(A @ B.mT)
+    scale, squares = S[:, :r, None].rsqrt(), S.square()
+    lost = squares[:, r:].sum(-1) / squares.sum(-1)
+    return scale * (V[:, :r] @ B), scale * (U.mT[:, :r] @ A), lost
 
 @dataclass
 class Narrow:
-    """Heads of fewer dimensions: of each head what comes closest to W_q' W_k and to W_o W_v.
+    """Heads of fewer dimensions: scores, and what heads find, come closest to what they were.
 
-    Attention depends on these two alone. q, k, v, o, the scores and the cache shrink alike; dense
-    products, no router; sparsify's steps heal it. Ours, not the paper's."""
+    On some batches. q, k, v, o, the scores and the cache shrink alike; dense products, no router;
+    sparsify's steps heal it. Ours, not the paper's."""
     reads, writes = ('halting', 'pruned', 'base'), 'narrow'
     wanted = 'narrow'
+    looks = True
     narrow: Annotated[float, '0..1'] = 0.0  # share of its dimensions that a head keeps; 0: all
+
+    def moments(self, model, batches):
+        """Second moments (n, d, d) of every head's queries, keys and what it found, for each block.
+        """
+        original, found = copy.deepcopy(model).eval(), [[0, 0, 0] for _ in model.blocks]
+
+        def add(i, place, x):               # (T, n d)
+            x = x.cpu().double().unflatten(-1, model.config.heads)
+            found[i][place] += torch.einsum('tni,tnj->nij', x, x)
+
+        for i, at in enumerate(block.attn for block in original.blocks):
+            at.q.register_forward_hook(lambda module, x, y, i=i: add(i, 0, y))
+            at.k.register_forward_hook(lambda module, x, y, i=i: add(i, 1, y))
+            at.o.register_forward_hook(lambda module, x, y, i=i: add(i, 2, x[0]))
+        for batch in itertools.islice(batches, 8):
+            original.encode(**batch[0])
+        return found
 
     @torch.no_grad()
     def prepare(self, model, batches):
         c, lost = model.config, []
-        (n, d), D = c.heads, c.n_embd
+        n, d = c.heads
         r = min(d, 8 * math.ceil(self.narrow * d / 8))           # blocks of 8, as int8 has
         if c.projections:
             raise BadInput(f'--narrow: its {c.projections} are MLPs already')
-        for at in (block.attn for block in model.blocks):
-            parts = at.q, at.k, at.v, at.o
-            # with the bias, as a weight of the number 1
-            q, k, v, _ = (torch.cat([p.weight, p.bias[:, None]], 1).double() for p in parts)
-            new = [[], [], [], []]
-            for h in (slice(i * d, (i + 1) * d) for i in range(n)):
-                *qk, lost_qk = factors(q[h], k[h], r)
-                *vo, lost_vo = factors(v[h, :D], at.o.weight[:, h].T.double(), r)
-                for rows, more in zip(new, qk + vo):
-                    rows.append(more)
-                lost.append([lost_qk, lost_vo])
-            q, k, v, o = (torch.cat(rows) for rows in new)
-            q *= (r / d) ** 0.5             # attention divides by the root of the new size
-            # weights of attention sum to 1: the bias of v reaches every token alike
-            bias = at.o.weight @ at.v.bias + at.o.bias
-            biases = q[:, D], k[:, D], torch.zeros(n * r), bias
-            for p, weight, bias in zip(parts, (q[:, :D], k[:, :D], v, o.T), biases):
-                p.weight = nn.Parameter(weight.to(p.weight).contiguous())
-                p.bias = nn.Parameter(bias.to(p.weight))
+        for block, (q, k, y) in zip(model.blocks, self.moments(model, batches)):
+            at = block.attn
+            o = at.o.weight.T.unflatten(0, (n, d)).cpu().double()                # (n, d, D)
+            to_q, to_k, lost_qk = closest(q, k, r)
+            to_o, to_v, lost_vo = closest(o @ o.mT, y, r)
+            to_q *= (r / d) ** 0.5          # attention divides by the root of the new size
+            for p, to in ((at.q, to_q), (at.k, to_k), (at.v, to_v)):
+                W, b = (t.cpu().double().unflatten(0, (n, d)) for t in (p.weight, p.bias[:, None]))
+                p.weight = nn.Parameter((to @ W).flatten(0, 1).to(p.weight))
+                p.bias = nn.Parameter((to @ b).flatten().to(p.bias))
+            W = (to_o @ o).flatten(0, 1).T.contiguous()
+            at.o.weight = nn.Parameter(W.to(at.o.weight))
+            lost.append(torch.stack([lost_qk, lost_vo], -1))
         c.head_dim = r
-        qk, vo = torch.tensor(lost).mean(0).tolist()
-        print(f"narrow   {r} of {d} dimensions a head: {qk:.1%} of q'k, {vo:.1%} of o v are lost, "
-              'in squares')
+        qk, vo = torch.cat(lost).mean(0).tolist()
+        print(f'narrow   {r} of {d} dimensions a head: {qk:.1%} of the scores, {vo:.1%} of what '
+              'heads find are lost, in squares')
         return dict(lost=[qk, vo])
 
 @torch.no_grad()

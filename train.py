@@ -73,8 +73,9 @@ from sparsify import Distil, Narrow, Prune, Sparsify
 
 # -------------------------------------------------------------------------------------- options
 
-# where no preset is named: model and routers learn together in the end, the rate comes down once
-OURS = dict(lr_end=1.0, router_loss='active,norm', expert_price=0.1)
+# where no preset is named: narrow heads, of a GPT from scratch (what is published loses more by
+# them); model and routers learn together in the end, the rate comes down once
+OURS = dict(narrow=0.5, lr_end=1.0, router_loss='active,norm', expert_price=0.1)
 PRESETS = {
     # the small GPT as the paper does it; the presets below, too
     'paper': dict(out_dir='out-paper', lr_end=0.1, router_loss='norm,active',
@@ -299,6 +300,9 @@ def with_defaults(typed):
     usual |= PRESETS.get(typed.get('preset'), OURS)
     if typed.get('expert_price') == 0:      # no adapt lowers the rate
         usual['lr_end'] = Sparsify.lr_end
+    o = usual | typed
+    if o['init_from'] or o['attn_projections'] or o['arch'] == 'bert':
+        usual['narrow'] = Narrow.narrow
     return SimpleNamespace(**usual | typed)
 
 def first_folder(o):
@@ -711,10 +715,11 @@ def resolve(name, typed, value, source, path):
            f'{path}: holds a checkpoint of another phase; give another place')
     here = siblings(os.path.dirname(path) or '.')
     others = [*here.values()][::-1]
-    values = vars(with_defaults(typed))
+    values = {}
     # each says more than those before it
     for data in (*others, parent, *(data for data in others if data['phase'] == name), own):
         values |= data.get('options', {})
+    values = vars(with_defaults(values | typed)) | values
     several = {getattr(other, 'each', '') for other in PHASES.values()}      # a run for each value
     inherited = {option: had for option, had in parent.get('options', {}).items()
                  if option not in mine and option not in several}
@@ -726,10 +731,12 @@ def resolve(name, typed, value, source, path):
     wanted = getattr(cls, 'wanted', '')
     if wanted and values[wanted] and not own and not typed.get('overwrite'):
         known = {checkpoint_hash(other) for other in here}
-        for other, data in here.items():
-            refuse(cls.writes in PHASES[data['phase']].reads and data['parent'] in known,
-                   f'--{wanted}: {other} was made without it; use another --out_dir (copies of '
-                   'data.pt, base.pt and dense.pt save their time), or --overwrite=1')
+        without = [other for other, data in here.items()
+                   if cls.writes in PHASES[data['phase']].reads and data['parent'] in known]
+        refuse(without and wanted in typed, f'--{wanted}: {"".join(without[:1])} was made '
+               'without it; use another --out_dir (copies of data.pt, base.pt and dense.pt save '
+               'their time), or --overwrite=1')
+        values[wanted] = 0 if without else values[wanted]
     changed = [f'--{option}={values[option]}: {path} was made with {had}'
                for option, had in own.get('options', {}).items()
                if option in mine and values[option] != had]
