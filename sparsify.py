@@ -33,6 +33,7 @@ E[k k'] on some batches and U Z V' the SVD of R S', are
 Pruning, the control, removes the neurons that do least on some batches and trains on.
 
     python sparsify.py out/base.pt out/sparse.pt --sparsity_weight=1e-3
+    python sparsify.py out/base.pt out/narrow.pt --narrow=0.5
     python sparsify.py out/base.pt out/attn.pt --attn_projections=qkvo
 
     T tokens · D n_embd · H hidden neurons · n heads of d dimensions, then of r
@@ -308,4 +309,6 @@ if __name__ == '__main__':
     import sys
 
     import train
-    train.convert('attn' if '--attn_projections' in ' '.join(sys.argv) else 'sparsify')
+    optional = dict(prune='--prune=', narrow='--narrow=', attn='--attn_projections=')
+    asked = (name for name, option in optional.items() if option in ' '.join(sys.argv))
+    train.convert(next(asked, 'sparsify'))
