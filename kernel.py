@@ -322,6 +322,13 @@ class LayerCache:
         self.n = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+def spoilt_attention(q, k, v, mask, dropout):
+    """Attention where not all of k and v is finite: that reaches only who may look at it."""
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -math.inf)  # (B, heads, n, L)
+    y = F.dropout(scores.softmax(-1), dropout) @ v.nan_to_num(0, 0, 0)
+    seen = mask.to(v.dtype) @ (~v.isfinite()).to(v.dtype)
+    return y.masked_fill(seen > 0, math.nan)
+
 def attention(q, k, v, layout, cache=None, dropout=0.0):
     """k, v (T, heads, d): every token looks at those of its own sequence, a GPT's at earlier ones.
     q as k -> (T, heads, d); or (B, heads, d), of the tokens layout.head_rows() alone -> as many."""
@@ -336,10 +343,16 @@ def attention(q, k, v, layout, cache=None, dropout=0.0):
     new, past = q.shape[2], k.shape[2] - q.shape[2]
     mask = layout.mask[:, :, -1:] if only and layout.mask is not None else layout.mask
     # A single query is the last token, and sees all; torch's own mask knows of no past.
-    causal = layout.causal and layout.mask is None and new > 1
-    if causal and past:
+    causal, looks = layout.causal and new > 1, q.is_cpu and not torch.compiler.is_compiling()
+    # Nor of 0 times NaN; on a GPU to look would be to wait.
+    spoilt = causal and looks and not (k.sum() + v.sum()).isfinite()
+    if causal and mask is None and (past or spoilt):
         mask = torch.ones(new, past + new, dtype=torch.bool, device=q.device).tril(past)
-    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and not past)
+    if spoilt:
+        y = spoilt_attention(q, k, v, mask, dropout)
+    else:
+        causal = causal and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
     return y[:, :, 0] if only else layout.pack(y.transpose(1, 2))
 
 # ----------------------------------------------------------------------------------------- Triton

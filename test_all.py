@@ -266,10 +266,14 @@ def test_attention(causal, d, poisoned):
         assert near(torch.inference_mode()(kernel.attention)(*narrow, layout), got.bfloat16())
         # a NaN reaches who looks at it: the token itself, or where it is not causal its sequence
         reached = torch.arange(len(q)) == L - 1 if causal else torch.arange(len(q)) < L
-        for bad in (k, v):
-            bad[L - 1, :, 0] = math.nan
-            y = kernel.cpp_attention(q, k, v, layout)
-            assert torch.equal(y[~reached], got[~reached]) and y[reached][..., 0].isnan().all()
+        for bad, what in ((k, math.nan), (v, math.nan), (v, -math.inf)):
+            bad[L - 1, :, 0] = what
+            y, slow = kernel.cpp_attention(q, k, v, layout), kernel.attention(q, k, v, layout)
+            assert torch.equal(y[~reached], got[~reached])
+            close(slow[~reached], got[~reached])
+            # of a NaN that is alone torch makes 0
+            for t in (y, slow) if L > 1 else (y,):
+                assert not t[reached][..., 0].isfinite().any()
             bad[L - 1, :, 0] = 0
         # whatever the bits of a NaN
         for bits in (0x7fc00001, -1):
