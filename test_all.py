@@ -2152,6 +2152,9 @@ def test_text_becomes_held_out_chunks(text, tmp_path):
     assert corpus.val.astype(np.uint8).tobytes() == b''.join(chunks[10::20])
     kept = b''.join(c for i, c in enumerate(chunks) if i % 20 != 10)
     assert corpus.train.astype(np.uint8).tobytes() == kept
+    # 40 MB take little memory
+    hostile(lambda: b'abc\n' * 10 ** 7, 'large.txt', lambda path: train.open_corpus(
+        train.with_defaults(dict(data=path)), tmp_path))(tmp_path)
 
 def test_a_source_that_is_gone_or_changed(text, tmp_path):
     mine = tmp_path / 'mine.txt'

@@ -51,6 +51,7 @@ import os
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -476,7 +477,7 @@ def open_corpus(o, folder, made=None):
         refuse(not all(sources) or not sum(map(os.path.getsize, files)),
                f'--data={o.data}{f", --val={o.val}" * bool(o.val)}: no such file, no texts in it, '
                f'or empty{other}')
-        known = encode(o, files) | dict(wanted=wanted)
+        known = encode(o, files, folder) | dict(wanted=wanted)
         if not made or made['data']['hash'] == known['about']['hash']:      # else it is refused
             write_atomically(path, lambda temporary: torch.save(known, temporary))
     try:
@@ -526,7 +527,7 @@ def checked(o, corpus):
     say_once(f'data: {o.data}: {counts[0]:,} {what} to train on, {counts[1]:,} held out')
     return corpus
 
-def encode(o, files):
+def encode(o, files, folder):
     """The tokens of all files and what there is to know about them, as open_corpus keeps them."""
     about = peek(o.init_from)[1] if o.tokenizer == 'wordpiece' else {}
     about |= dict(source=o.data, tokenizer=o.tokenizer, hash=content_hash(files))
@@ -535,17 +536,35 @@ def encode(o, files):
     kind = np.uint16 if texts.vocab_size <= 1 << 16 else np.uint32
     if o.arch == 'bert':
         return encode_labelled(o, texts, kind, about)
-    everything = b'\n'.join(open(path, 'rb').read() for path in files)
-    # every 20th chunk is held out, so that the held-out part is spread over all of it
-    size, parts = max(1, min(65536, len(everything) // 40)), dict(train=[], val=[])
-    for i, start in enumerate(range(0, len(everything), size)):
-        chunk = everything[start:start + size]
-        tokens = np.frombuffer(chunk, np.uint8) if o.tokenizer == 'bytes' else \
-            texts.encode([chunk.decode('utf-8', 'replace')])[0]
-        parts['val' if i % 20 == 10 else 'train'].append(np.array(tokens, kind))
-    refuse(not parts['val'], f'--data={o.data}: {len(everything)} bytes are too few')
-    return dict(about=about, **{name: torch.from_numpy(np.concatenate(part))
-                                for name, part in parts.items()})
+    n_bytes = sum(map(os.path.getsize, files)) + len(files) - 1
+    size = max(1, min(65536, n_bytes // 40))
+    # of a large corpus neither text nor tokens fit into memory: these go to files without a name
+    try:
+        parts = {name: tempfile.TemporaryFile(dir=folder) for name in ('train', 'val')}
+        # every 20th chunk is held out, so that the held-out part is spread over all of it
+        for i, chunk in enumerate(chunks(files, size)):
+            tokens = np.frombuffer(chunk, np.uint8) if o.tokenizer == 'bytes' else \
+                texts.encode([chunk.decode('utf-8', 'replace')])[0]
+            parts['val' if i % 20 == 10 else 'train'].write(np.array(tokens, kind))
+        refuse(not parts['val'].tell(), f'--data={o.data}: {n_bytes} bytes are too few')
+        return dict(about=about, **{name: torch.from_numpy(np.memmap(part, kind))
+                                    for name, part in parts.items()})
+    except OSError as error:
+        raise BadInput(f'{folder}: --data={o.data} cannot be encoded there ({reason(error)})'
+                       ) from None
+
+def chunks(files, size):
+    """The bytes of all files, a newline between two, so many at a time."""
+    held = b''
+    for path in files:
+        held += b'\n' * (path != files[0])
+        with open(path, 'rb') as f:
+            while block := f.read(1 << 20):
+                held += block
+                whole = len(held) // size * size
+                yield from (held[i:i + size] for i in range(0, whole, size))
+                held = held[whole:]
+    yield from (held[i:i + size] for i in range(0, len(held), size))
 
 def read_labelled(path):
     """[(label, text)] for each line of a .tsv (label<TAB>text) or .jsonl (label and text)."""
