@@ -2144,7 +2144,7 @@ def test_results_are_merged_by_checkpoint_rule_and_tau(spoiled, tmp_path):
 
 # ------------------------------------------------------------------- data
 
-def test_text_becomes_held_out_chunks(text, tmp_path):
+def test_text_becomes_held_out_chunks(text, tmp_path, monkeypatch):
     corpus = train.open_corpus(train.with_defaults(dict(data=str(text), block_size=32)), tmp_path)
     raw = text.read_bytes()
     size = len(raw) // 40
@@ -2152,6 +2152,14 @@ def test_text_becomes_held_out_chunks(text, tmp_path):
     assert corpus.val.astype(np.uint8).tobytes() == b''.join(chunks[10::20])
     kept = b''.join(c for i, c in enumerate(chunks) if i % 20 != 10)
     assert corpus.train.astype(np.uint8).tobytes() == kept
+    # two processes with half of the batch each pick tau on the same of them
+    found = []
+    for size in (1, 2):
+        monkeypatch.setattr(train, 'ranks', lambda: (0, size))
+        o = train.with_defaults(dict(block_size=32, batch_size=8 // size, eval_batches=5))
+        found.append([inputs['idx'] for inputs, _ in train.held_out(corpus, o, 'cpu')])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    monkeypatch.undo()
     # 40 MB take little memory
     hostile(lambda: b'abc\n' * 10 ** 7, 'large.txt', lambda path: train.open_corpus(
         train.with_defaults(dict(data=path)), tmp_path))(tmp_path)

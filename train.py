@@ -643,8 +643,8 @@ def held_out(corpus, o, device):
     else:
         n = min(n, max(1, (len(rows) - 1) // o.block_size))
         at = np.linspace(0, len(rows) - o.block_size - 1, n).astype(int)
-    # one half picks tau
-    parts = np.array_split(at, max(min(n, 2), math.ceil(n / o.batch_size)))
+    # every second picks tau: the same texts, however many ranks there are
+    parts = np.array_split(at, max(min(n, 2), math.ceil(n / o.batch_size / ranks()[1])))
     return [batch_at(rows, part, o.block_size, device) for part in parts]
 
 def by_length(rows, at):
