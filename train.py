@@ -1300,8 +1300,9 @@ def guarded(job):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:              # of the others it is only that one is gone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)            # torchrun's, while this is said
         if first():
-            if ranks()[1] == 1 or 'onnection closed by peer' not in str(error):
+            if ranks()[1] == 1 or ' by peer' not in str(error):  # closed or reset
                 raise
             print('error: another process has died; the same command goes on', file=sys.stderr)
         sys.exit(1)
