@@ -32,6 +32,10 @@ import warnings
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
+# Files that lie, and shapes that do not fit, would reach C++.
+if not __debug__:
+    raise ImportError('d2dmoe checks what it is given by asserts: run Python without -O')
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -310,6 +310,10 @@ def test_without_a_compiler_torch_serves_with_one_warning(cxx, cache, why, monke
             check_experts(kernel.experts, *layer(20, [5, 6], 8))
     assert len(warnings) == 1 and kernel.library() is None
 
+def test_asserts_that_are_left_out_are_missed():
+    done = subprocess.run([sys.executable, '-O', f'{HERE}/train.py'], capture_output=True)
+    assert b'run Python without -O' in done.stderr and done.returncode == 1
+
 def copier(folder):
     """The environment of a compiler that copies the library that there is, and keeps count."""
     (folder / 'cxx').write_text(f'''[ "$1" = --version ] && exit
