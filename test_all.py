@@ -2254,7 +2254,7 @@ def test_sample_takes_what_is_adapted_once_it_is_finished(spoiled):
         torch.save(data | change, adapted)
         assert train.chosen(typed, 'cpu')[0].endswith('/d2dmoe.pt')
 
-def test_accumulation(text, tmp_path, monkeypatch):
+def test_accumulation(text, tmp_path, monkeypatch, capsys):
     """Two micro-steps of 4 sequences step like one with these 8."""
     seen, get_batch, clip = [], train.get_batch, train.clip
     # clipping would hide a factor
@@ -2268,6 +2268,8 @@ def test_accumulation(text, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'get_batch', joined)
     run(*BASE, f'--data={text}', '--base_steps=1', out=tmp_path / 'b')
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*seen, strict=True)) and seen
+    a, b = re.findall(r'loss ([\d.]+)', capsys.readouterr().out)
+    assert float(a) == pytest.approx(float(b), abs=2e-4)
 
 def test_learning_in_bf16_is_learning(text, tmp_path, monkeypatch):
     """Products in bf16, weights and their steps in fp32."""

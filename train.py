@@ -985,7 +985,7 @@ def stops():
 
 def gradient(name, phase, model, corpus, o, device, step):
     """Of this rank's part of a batch, left in the parameters -> loss and shares, tokens of all."""
-    (rank, size), tokens = ranks(), 0
+    (rank, size), tokens, means = ranks(), 0, collections.Counter()
     for micro in range(o.grad_accum):
         batch = get_batch(corpus, o, device, step * o.grad_accum + micro, name,
                           slice(rank, None, size))
@@ -993,7 +993,9 @@ def gradient(name, phase, model, corpus, o, device, step):
         with torch.autocast(device, torch.bfloat16, enabled=has_bf16(device)):
             loss, log = phase.loss(model, taught(batch, phase), (step + 1) / phase.steps)
         (loss / o.grad_accum).backward()
-    return dict(task=loss.detach()) | log, tokens
+        for key, value in (dict(task=loss.detach()) | log).items():
+            means[key] += value / o.grad_accum
+    return dict(means), tokens
 
 def say_step(name, done, steps, log, speed, cost, left):
     """A line about a step: means over ranks, tokens a second, and what that is of the peak, of
