@@ -792,7 +792,8 @@ def tokenizer(about, causal):
             import tokenizers
             enc = tokenizers.Tokenizer.from_str(about['tokenizer_json'])
         else:
-            enc = transformers().AutoTokenizer.from_pretrained(source).backend_tokenizer
+            enc = transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            enc = enc.backend_tokenizer
         enc.no_padding()
         enc.no_truncation()
     except BadInput:
@@ -1023,7 +1024,7 @@ def published_class(c):
 def published_config(where, n_classes=0):
     """(transformers' config of a published model, our Config). BadInput says what is not ours."""
     try:
-        j = transformers().AutoConfig.from_pretrained(where)
+        j = transformers().AutoConfig.from_pretrained(where, trust_remote_code=False)
     except Exception as error:          # OSError, ValueError, errors of the hub and of JSON
         raise BadInput(f'{where}: neither a checkpoint, nor a folder with a config.json, nor a '
                        f'published model that can be downloaded ({reason(error)})') from None
