@@ -469,9 +469,12 @@ def open_corpus(o, folder, made=None):
         found = unpickled(path, every_bit=True)
         known = found if found['about']['hash'] and found['wanted'] else {}
     wanted = [o.data, o.val, o.tokenizer, o.arch, o.init_from, o.block_size]
-    sources = [text_files(source) for source in (o.data, o.val) if source]
-    files = sum(sources, [])
-    stale = known and all(sources) and known['about']['hash'] != content_hash(files)
+    try:
+        sources = [text_files(source) for source in (o.data, o.val) if source]
+        files = sum(sources, [])
+        stale = known and all(sources) and known['about']['hash'] != content_hash(files)
+    except OSError as error:
+        raise BadInput(f'--data={o.data}: cannot be read ({reason(error)})') from None
     if stale or known.get('wanted') != wanted:
         other = f'; {path} is of other options, or of an older version' if known else ''
         refuse(not all(sources) or not sum(map(os.path.getsize, files)),
