@@ -960,18 +960,23 @@ def make_optimizer(model, parameters, phase, o, device, state=None):
         groups.append(dict(params=own, weight_decay=o.weight_decay * matrix))
     optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.95), fused=device != 'mps')
 
+    from torch.distributed.tensor import distribute_tensor
+    mine = [p for group in groups for p in group['params']]
+
+    def part(t, p):                     # of a sharded parameter's, before it goes to the device
+        return distribute_tensor(t, p.device_mesh, p.placements) if is_sharded(p) and t.dim() else t
+
     def moments():
-        optimizer.load_state_dict(state or optimizer.state_dict())
+        optimizer.load_state_dict(state | dict(state={
+            i: {key: part(t, mine[i]) for key, t in known.items()}
+            for i, known in state['state'].items()}))
         for p, known in optimizer.state.items():                 # the fused kernel trusts them
             for t in (known['exp_avg'], known['exp_avg_sq']):
-                assert t.shape == p.shape and t.isfinite().all(), 'its moments do not fit'
+                own = t.to_local() if is_sharded(t) else t
+                assert t.shape == p.shape and own.isfinite().all(), 'its moments do not fit'
 
-    begun_here(phase, moments)
-    from torch.distributed.tensor import distribute_tensor
-    for p, known in optimizer.state.items():
-        for key, t in known.items() if is_sharded(p) else ():
-            if t.dim():
-                known[key] = distribute_tensor(t, p.device_mesh, p.placements)
+    if state:
+        begun_here(phase, moments)
     return optimizer
 
 @contextlib.contextmanager
