@@ -448,10 +448,10 @@ def test_linear_is_linear(dtype):
         x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((2, T, 2 * K), (2 * N, K), (N,)))
         x, w, b = x[..., ::1 + i % 2][..., :K], w[::2], b if i % 3 else None
         want = F.linear(x.double(), w.double(), b if b is None else b.double())[:, 1:]
-        x[:, 0, 0] = math.nan               # stays in its row, however all lies in memory
+        x[:, 0, 0] = [math.nan, -math.inf][i % 2]   # stays in its row, however all lies in memory
         for f in (kernel.linear, torch.inference_mode()(kernel.linear)):
             for y in (f(x, w, b), f(x, w.T.contiguous().T, b)):
-                assert y[:, 0].isnan().all() and near(y[:, 1:], want)
+                assert not y[:, 0].isfinite().any() and near(y[:, 1:], want)
 
 def test_on_a_gpu_linear_quantises_weights_only():
     class Away(torch.Tensor):
@@ -2455,7 +2455,8 @@ REFUSED = [
     (ours(activation='tan'), 'activation=tan'), (ours(rule='other'), 'rule=other'),
     (hostile(lambda: saved(exec, 'import os; os.environ["OWNED"] = "1"')), 'Weights only'),
     (hostile(lambda: saved(bytearray, 3 * 10 ** 8)), 'bytearray'), (hostile(packed), 'compressed'),
-    (hostile(lambda: b'a\t' + bytes(10 ** 8), 'a.tsv', train.read_labelled), 'line 1: has'),
+    (hostile(lambda: b'{"label": 1, "text": "' + b'x' * 10 ** 8, 'a.jsonl', train.read_labelled),
+     'line 1: has'),
     (hostile(lambda: b'[' * 10 ** 5, 'a.jsonl', train.read_labelled), 'line 1: is not'),
     (ours('blocks.0.ln_1.weight', math.nan), 'blocks.0.ln_1.weight is not finite'),
     (ours('blocks.0.mlp.offsets', 9), 'offsets'),
