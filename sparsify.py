@@ -60,11 +60,12 @@ PROJECTION_WEIGHT = 1e-3            # of the hoyer penalty at the end of distill
 
 def sparsity(kind, t):
     """L_s of one MLP, averaged over tokens: t is the MLP's tap, a and z (T, H) -> scalar."""
+    # of ReLU: what fires is positive
     if kind == 'hoyer':
-        a = t['a'].float().abs()
+        a = t['a'].float()
         return (a.sum(-1) ** 2 / (a.square().sum(-1) + 1e-9)).mean()
     if kind == 'l1':
-        return t['a'].float().abs().sum(-1).mean()
+        return t['a'].float().sum(-1).mean()
     assert kind == 'gelu_clamp', f'sparsity_loss={kind}: must be hoyer, l1 or gelu_clamp'
     return (t['z'].float().clamp_min(DELTA) - DELTA).sum(-1).mean()
 
@@ -78,7 +79,7 @@ def penalty(model, tap, kind):
 @torch.no_grad()
 def zeros(tap):
     """The share of activations that are exactly 0, averaged over MLPs."""
-    return torch.stack([(t['a'] == 0).float().mean() for t in tap]).mean()
+    return torch.stack([1 - t['a'].count_nonzero() / t['a'].numel() for t in tap]).mean()
 
 @torch.no_grad()
 def statistics(tap):
