@@ -913,8 +913,13 @@ def gather(model, whole):
         mine.data.copy_(full(theirs))
 
 def whole_state(optimizer):
+    """Of the rank that writes; the others only help to gather it."""
+    def kept(t):
+        t = full(t)
+        return None if ranks()[0] else t
+
     state = optimizer.state_dict()
-    return state | dict(state={i: {key: full(t) for key, t in known.items()}
+    return state | dict(state={i: {key: kept(t) for key, t in known.items()}
                                for i, known in state['state'].items()})
 
 def average(parameters):
