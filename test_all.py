@@ -2624,6 +2624,10 @@ def test_libraries_that_are_missing(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, 'save_picture', lambda *_, ylim, **about: found.append(ylim))
     bench.plot_rows([r | dict(loss=(2 if r['rule'] else 1) * r['loss']) for r in rows], path)
     assert found[0][1] > 90
+    # what gains much is never out of the frame
+    bench.plot_rows([r | dict(loss=(0.9 if r['rule'] == 'dynk' else 1) * r['loss']) for r in rows],
+                    path)
+    assert found[1][0] < -9
     for name in ('matplotlib', 'transformers'):
         monkeypatch.setitem(sys.modules, name, None)
     # no stale picture stays
