@@ -2042,6 +2042,12 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     # of this phase or of one before: refused, or run again on demand
     for option, had in (('--n_experts=8', 16), ('--base_steps=9', 12)):
         refused(f'was made with {had}', '--phase=moefy', option, out=spoiled)
+    # of one before that had no part in it, or of another kind of routers
+    for phase, option in (('moefy', '--prune=0.5'), ('router', '--attn_projections=q'),
+                          ('sparsify', '--prune_steps=3')):
+        refused('was made without it', f'--phase={phase}', option, out=spoiled)
+    refused('was made with active', '--phase=adapt', '--router_loss=norm', '--expert_price=1',
+            out=spoiled)
     run('--phase=moefy', '--n_experts=8', '--overwrite=1', out=spoiled)
     assert M.read_checkpoint(spoiled / 'moe.pt')['options']['n_experts'] == 8
     # what was made from the old one is refused, and eval leaves it out
