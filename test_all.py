@@ -2433,6 +2433,9 @@ REFUSED = [
     (lambda folder: bench.run(bench.options().parse_args(['--json=/nowhere/x'])),
      '/nowhere/x: cannot be written'),
     (lambda folder: M.load(folder / 'm.pt'), 'm.pt: no such checkpoint'),
+    (lambda folder: M.save(tiny(), folder / 'm.pt') or M.load(
+        (folder / 'm.pt').rename(folder / '\udcff.pt')), 'PYTHONUTF8=1'),
+    (lambda folder: M.check_writable(folder / '\udcff.pt'), 'cannot be written'),
     (lambda folder: M.load(os.path.join(HERE, THIS)), f'{THIS}: not a readable'),
     (lambda folder: torch.save([1], folder / 'm.pt') or M.load(folder / 'm.pt'), 'indices must be'),
     (M.load, 'neither a checkpoint'), (ours(n_new=1), 'n_new'), (ours('wpe.weight'), 'wpe.weight'),
