@@ -995,9 +995,11 @@ ONLY = dict(model_type=tuple(KEYS), activation_function=tuple(ACTS), hidden_act=
 def transformers():
     """The library, quiet. BadInput says how to install it."""
     try:
+        import huggingface_hub
         import transformers as library
     except ImportError:
         raise BadInput('published models need transformers: pip install transformers') from None
+    huggingface_hub.logging.set_verbosity_error()                # five times that it tries again
     library.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library
