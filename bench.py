@@ -673,9 +673,9 @@ def plot_rows(rows, path):
     axes.axhline(0, color='black', lw=0.8, label='dense')
     for r in (r for r in rows if r['method'] == 'sparse'):
         axes.axhline(percent(r), color='grey', lw=0.8, label='sparse, all experts on')
-    # what is far off would squeeze the rest onto zero
-    far = 6 if any(r['rule'] and abs(percent(r)) < 6 for r in rows) else math.inf
-    near = [percent(r) for r in rows if abs(percent(r)) < far] + [-0.5, 0.5]
+    # what is much worse would squeeze the rest onto zero
+    far = 0.06 if any(r['rule'] and worse(r, rows) < 0.06 for r in rows) else math.inf
+    near = [percent(r) for r in rows if worse(r, rows) < far] + [-0.5, 0.5]
     save_picture(axes, path, xlabel='FLOPs of the whole model, routers included (% of dense)',
                  ylabel=f'{rows[0]["metric"]} against dense (%)',
                  ylim=(min(near) - 0.2, max(near) + 0.2))

@@ -839,7 +839,8 @@ def check_writable(path, make_folder=False):
         tempfile.TemporaryFile(dir=folder).close()
         if os.path.isdir(path):
             raise IsADirectoryError('a folder of this name is there')
-    except OSError as error:
+        str(path).encode()              # torch opens no other
+    except (OSError, UnicodeEncodeError) as error:
         raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
 
 def check_fp32(model, path):
@@ -888,6 +889,8 @@ def read_checkpoint(path):
         assert all(t.is_contiguous() for t in data['model'].values()), 'a tensor is expanded'
     except FileNotFoundError:
         raise BadInput(f'{path}: no such checkpoint') from None
+    except UnicodeEncodeError:          # torch opens no file whose name it cannot encode
+        raise BadInput(f'{path}: is not read as UTF-8 in this locale; set PYTHONUTF8=1') from None
     except Exception as error:          # torch raises half a dozen kinds for bad files
         raise BadInput(f'{path}: not a readable d2dmoe checkpoint, perhaps cut short or of another '
                        f'version ({reason(error)})') from None
@@ -993,9 +996,11 @@ ONLY = dict(model_type=tuple(KEYS), activation_function=tuple(ACTS), hidden_act=
 def transformers():
     """The library, quiet. BadInput says how to install it."""
     try:
+        import huggingface_hub
         import transformers as library
     except ImportError:
         raise BadInput('published models need transformers: pip install transformers') from None
+    huggingface_hub.logging.set_verbosity_error()                # five times that it tries again
     library.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library

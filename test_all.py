@@ -2050,6 +2050,12 @@ def test_typed_options_against_finished_phases(spoiled, capsys):
     # of this phase or of one before: refused, or run again on demand
     for option, had in (('--n_experts=8', 16), ('--base_steps=9', 12)):
         refused(f'was made with {had}', '--phase=moefy', option, out=spoiled)
+    # of one before that had no part in it, or of another kind of routers
+    for phase, option in (('moefy', '--prune=0.5'), ('router', '--attn_projections=q'),
+                          ('sparsify', '--prune_steps=3')):
+        refused('was made without it', f'--phase={phase}', option, out=spoiled)
+    refused('was made with active', '--phase=adapt', '--router_loss=norm', '--expert_price=1',
+            out=spoiled)
     run('--phase=moefy', '--n_experts=8', '--overwrite=1', out=spoiled)
     assert M.read_checkpoint(spoiled / 'moe.pt')['options']['n_experts'] == 8
     # what was made from the old one is refused, and eval leaves it out
@@ -2448,6 +2454,9 @@ REFUSED = [
     (lambda folder: bench.run(bench.options().parse_args(['--json=/nowhere/x'])),
      '/nowhere/x: cannot be written'),
     (lambda folder: M.load(folder / 'm.pt'), 'm.pt: no such checkpoint'),
+    (lambda folder: M.save(tiny(), folder / 'm.pt') or M.load(
+        (folder / 'm.pt').rename(folder / '\udcff.pt')), 'PYTHONUTF8=1'),
+    (lambda folder: M.check_writable(folder / '\udcff.pt'), 'cannot be written'),
     (lambda folder: M.load(os.path.join(HERE, THIS)), f'{THIS}: not a readable'),
     (lambda folder: torch.save([1], folder / 'm.pt') or M.load(folder / 'm.pt'), 'indices must be'),
     (M.load, 'neither a checkpoint'), (ours(n_new=1), 'n_new'), (ours('wpe.weight'), 'wpe.weight'),
@@ -2646,6 +2655,10 @@ def test_libraries_that_are_missing(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, 'save_picture', lambda *_, ylim, **about: found.append(ylim))
     bench.plot_rows([r | dict(loss=(2 if r['rule'] else 1) * r['loss']) for r in rows], path)
     assert found[0][1] > 90
+    # what gains much is never out of the frame
+    bench.plot_rows([r | dict(loss=(0.9 if r['rule'] == 'dynk' else 1) * r['loss']) for r in rows],
+                    path)
+    assert found[1][0] < -9
     for name in ('matplotlib', 'transformers'):
         monkeypatch.setitem(sys.modules, name, None)
     # no stale picture stays

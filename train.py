@@ -749,6 +749,7 @@ def resolve(name, typed, value, source, path):
     for option, had in inherited.items():
         refuse(values[option] != had, f'--{option}={values[option]}: {source} was made with '
                f'{had}; leave the option out, {START_AGAIN}')
+    refuse_unread(name, typed, parent, source)
     # an optional phase would come between what is there already
     wanted = getattr(cls, 'wanted', '')
     if wanted and values[wanted] and not own and not typed.get('overwrite'):
@@ -774,6 +775,16 @@ def resolve(name, typed, value, source, path):
         print(f'{name:8s} {changed[0]}: again')
     again = changed or typed.get('overwrite') and typed.get('phase') == name
     return SimpleNamespace(**values), parent, {} if again else own
+
+def refuse_unread(name, typed, parent, source):
+    """BadInput if one phase alone is to run and an option is typed of another, before it, that had
+    no part in what it starts from, or had another value."""
+    known, made = all_options(), parent.get('options', {})
+    others = set().union(*map(own_options, PHASES)) - own_options(name).keys()
+    for option in sorted(typed.keys() & others) if typed.get('phase') == name else ():
+        how = f'with {made[option]}' if option in made else 'without it'
+        refuse(typed[option] != made.get(option, known[option].default),
+               f'--{option}={typed[option]}: {source} was made {how}; leave the option out')
 
 def run_phase(name, typed, value=None, source=None, path=None):
     """Bring one phase to its end, from nothing or from where it was stopped."""
