@@ -1203,7 +1203,10 @@ def shaded(model, text, path):
 def run(typed):
     o, results = with_defaults(typed), []
     for data in siblings(first_folder(o)).values():              # a folder stays what it was
-        typed = dict(preset=data.get('preset', 'paper'), out_dir=o.out_dir) | typed
+        began = data.get('preset', 'paper')
+        if typed.get('preset', began) != began:
+            say_once(f'note: {o.out_dir} was begun with --preset={began}; what is done stays so')
+        typed = dict(preset=began, out_dir=o.out_dir) | typed
     o = with_defaults(typed)
     if o.seeds:                             # each in a folder of its own, then one table
         for seed in map(int, o.seeds.split(',')):
