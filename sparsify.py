@@ -188,12 +188,13 @@ class Narrow:
     narrow: Annotated[float, '0..1'] = 0.0  # share of its dimensions that a head keeps; 0: all
 
     def moments(self, model, batches):
-        """Second moments (n, d, d) of every head's queries, keys and what it found, for each block.
-        """
-        original, found = copy.deepcopy(model).eval(), [[0, 0, 0] for _ in model.blocks]
+        """For each block (3, n, d, d): second moments of every head's queries, keys and what it
+        found."""
+        (n, d), original = model.config.heads, copy.deepcopy(model).eval()
+        found = [torch.zeros(3, n, d, d).double() for _ in model.blocks]
 
         def add(i, place, x):               # (T, n d)
-            x = x.cpu().double().unflatten(-1, model.config.heads)
+            x = x.cpu().double().unflatten(-1, (n, d))
             found[i][place] += torch.einsum('tni,tnj->nij', x, x)
 
         for i, at in enumerate(block.attn for block in original.blocks):
@@ -221,8 +222,8 @@ class Narrow:
                 W, b = (t.cpu().double().unflatten(0, (n, d)) for t in (p.weight, p.bias[:, None]))
                 p.weight = nn.Parameter((to @ W).flatten(0, 1).to(p.weight))
                 p.bias = nn.Parameter((to @ b).flatten().to(p.bias))
-            W = (to_o @ o).flatten(0, 1).T.contiguous()
-            at.o.weight = nn.Parameter(W.to(at.o.weight))
+            o = (to_o @ o).flatten(0, 1).T.contiguous()
+            at.o.weight = nn.Parameter(o.to(at.o.weight))
             lost.append(torch.stack([lost_qk, lost_vo], -1))
         c.head_dim = r
         qk, vo = torch.cat(lost).mean(0).tolist()
