@@ -273,6 +273,8 @@ class Distil:
         if model.config.projections:
             raise BadInput(f'its {model.config.projections} are MLPs already: begin with a model '
                            'that has none')
+        if model.config.head_dim:
+            raise BadInput('--attn_projections: its heads are narrow; begin with whole ones')
         self.original, self.students = copy.deepcopy(model).eval(), {}
 
         # what goes into a projection of the frozen original, and what comes out

@@ -1649,6 +1649,7 @@ def test_ours_is_the_default_and_a_folder_stays_what_it_was(text, finished, tmp_
         shutil.copy(out / f'{name}.pt', old)
     run('--phase=sparsify', '--sparsify_steps=8', out=old)
     refused('was made without it', '--narrow=0.5', out=old)
+    refused('give one', '--attn_projections=q', out=out)
     run('--router_steps=8', '--adapt_steps=4', '--n_experts=16', out=old)
     assert not (old / 'narrow.pt').exists() and (out / 'narrow.pt').exists()
     before = sorted(paper.iterdir())
@@ -2498,7 +2499,9 @@ REFUSED = [
     (lambda folder: sparsify.Prune().prepare(uneven(), None), 'have lost neurons'),
     (lambda folder: moefy.expert_sizes(9, 10), 'n_experts=10: must be between 1 and the 9'),
     (lambda folder: sparsify.Distil(attn_projections='q').prepare(tiny(projections='k'), None),
-     'its k are MLPs already')]
+     'its k are MLPs already'),
+    (lambda folder: sparsify.Distil(attn_projections='q').prepare(tiny(head_dim=3), None),
+     'its heads are narrow')]
 
 def damaged(raw, rng):
     """A file with other bytes here and there, or cut short, or of nothing but random ones."""

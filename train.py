@@ -750,6 +750,8 @@ def resolve(name, typed, value, source, path):
         refuse(values[option] != had, f'--{option}={values[option]}: {source} was made with '
                f'{had}; leave the option out, {START_AGAIN}')
     refuse_unread(name, typed, parent, source)
+    refuse(name in ('narrow', 'attn') and values['narrow'] and values['attn_projections'],
+           '--narrow, --attn_projections: give one; the other has been here, use another --out_dir')
     # an optional phase would come between what is there already
     wanted = getattr(cls, 'wanted', '')
     if wanted and values[wanted] and not own and not typed.get('overwrite'):
@@ -759,7 +761,7 @@ def resolve(name, typed, value, source, path):
         refuse(without and wanted in typed, f'--{wanted}: {"".join(without[:1])} was made '
                'without it; use another --out_dir (copies of data.pt, base.pt and dense.pt save '
                'their time), or --overwrite=1')
-        values[wanted] = 0 if without else values[wanted]
+        values[wanted] = getattr(cls, wanted) if without else values[wanted]
     changed = [f'--{option}={values[option]}: {path} was made with {had}'
                for option, had in own.get('options', {}).items()
                if option in mine and values[option] != had]
