@@ -178,8 +178,8 @@ def closest(A, B, r):
     return V[:, :r] @ B, U.mT[:, :r] @ A / S[:, :r, None], lost
 
 def balanced(a, b):
-    """a, b (n, r, .) -> the two of the same a.mT @ b in which row i of one is as long as row i of the
-    other: otherwise AdamW would hardly move the one and tear at the other."""
+    """a, b (n, r, .) -> the two of the same a.mT @ b in which row i of one is as long as row i of
+    the other: otherwise AdamW would hardly move the one and tear at the other."""
     (qa, ra), (qb, rb) = torch.linalg.qr(a.mT), torch.linalg.qr(b.mT)
     U, S, V = torch.linalg.svd(ra @ rb.mT)                       # of (r, r)
     root = S.sqrt()[..., None]
