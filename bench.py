@@ -429,7 +429,7 @@ def evaluate(entries, batches, o, settings, folder, device):
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
         return rows
 
-    def reported(*dtypes):
+    def of_dtypes(*dtypes):
         return [r for i, r in enumerate(rows_so_far())
                 if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
                 and r['dtype'] in dtypes]
@@ -441,13 +441,14 @@ def evaluate(entries, batches, o, settings, folder, device):
         for job in jobs:
             measure(*job)
         # what is deployed; on a GPU only the weights would be int8
-        for job in quantised_jobs(entries, reported('fp32'), jobs[0][1]) if device == 'cpu' else ():
+        for job in quantised_jobs(entries, of_dtypes('fp32'), jobs[0][1]) if device == 'cpu' else ():
             measure(*job)
     finally:
         results['rows'] = rows_so_far()
         write_json(path, results)
     if not kernel.ranks()[0]:
-        report(reported('fp32', o.dtype, 'int8'), reported(o.dtype), results['activity'], folder)
+        print_results(of_dtypes('fp32', o.dtype, 'int8'), of_dtypes(o.dtype), results['activity'],
+                      folder)
     return results
 
 # -------------------------------------------------------------------------------------- tables
@@ -486,7 +487,7 @@ def setting(r):
     usual = r['rule'] == 'confidence' or ROUTERS[r['router_loss']].rule == r['rule']
     return f'{r["tau"]:g}' if usual else f'{r["rule"][:5]} {r["tau"]:g}'
 
-def report(rows, curve_rows, activity, folder):
+def print_results(rows, curve_rows, activity, folder):
     """The table, what follows from the rows of one precision, and their picture."""
     print()
     print_table(rows)
@@ -945,10 +946,10 @@ def peers_suite(o, device, shape):
                 'loop': routed(layers, x, masks, 'torch')}
         # torch's own is not in every build
         try:
-            grouped = grouped_mm(layers, x, mask)
-            if not torch.allclose(grouped[0](), jobs['d2dmoe'][0](), atol=1e-3):
+            by_torch = grouped_mm(layers, x, mask)
+            if not torch.allclose(by_torch[0](), jobs['d2dmoe'][0](), atol=1e-3):
                 raise AssertionError('grouped mm computes something else')
-            jobs['grouped mm'] = grouped
+            jobs['grouped mm'] = by_torch
         except (AttributeError, RuntimeError) as error:
             print(f'grouped mm: not here ({reason(error)})')
         times = in_turn(jobs, rounds=4, n=max(1, min(len(layers), 768 // T)))
@@ -1676,7 +1677,7 @@ def options():
     add('--plot', metavar='FILE.png', help='draw the suite layer or methods')
     return parser
 
-def run(o, shape=Shape()):
+def run_suites(o, shape=Shape()):
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if o.impl == 'cpp' and not kernel.have_cpp():
@@ -1711,4 +1712,4 @@ if __name__ == '__main__':
         options().error(f'{o_rest[0]} is no option of --suite={o.suite}')
     if o.checkpoints and len(sys.argv) > 1 + len(o.checkpoints):
         options().error('checkpoints are measured without the options of a suite')
-    train.guarded(lambda: train.evaluation({}, o.checkpoints) if o.checkpoints else run(o))
+    train.guarded(lambda: train.evaluation({}, o.checkpoints) if o.checkpoints else run_suites(o))

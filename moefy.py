@@ -167,7 +167,7 @@ def deal(mlp, n_experts, seed=0, fires=None):
 coactivation.looks = True               # else fires is None
 SPLITS = dict(kmeans=kmeans, coactivation=coactivation, random=deal)
 
-def grouped(mlp, n_experts, split='kmeans', seed=0, fires=None):
+def into_experts(mlp, n_experts, split='kmeans', seed=0, fires=None):
     """What MLP.sort_neurons needs to sort an MLP's neurons into experts: order and offsets."""
     cluster = SPLITS[split](mlp, n_experts, seed, fires)
     offsets = F.pad(cluster.bincount(minlength=n_experts).cumsum(0), (1, 0))
@@ -208,7 +208,7 @@ class Moefy:
             # those of a replaced projection, which is narrower, are as large as those of FFNs
             if mlps[i] not in model.ffns() and not self.expert_size:
                 n = max(1, n * H // model.config.n_hidden)
-            found = grouped(mlps[i], n, self.split, self.seed, fires[i])
+            found = into_experts(mlps[i], n, self.split, self.seed, fires[i])
             left = (time.time() - began) / (i + 1) * (len(mlps) - i - 1)
             print(f'moefy    mlp {i + 1}/{len(mlps)}  {n} experts  {left:.0f} s left', flush=True)
             return found

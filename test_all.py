@@ -651,7 +651,7 @@ def routed(m, owners=None, kind='norm'):
     """With five k-means experts in each MLP, or uneven slices that have owners."""
     for mlp in m.mlps():
         if owners is None:
-            mlp.sort_neurons(*moefy.grouped(mlp, 5))
+            mlp.sort_neurons(*moefy.into_experts(mlp, 5))
         else:
             mlp.sort_neurons(torch.randperm(40), OFFSETS)
         mlp.router = R.Router('norm', mlp, owners, 8)
@@ -2460,7 +2460,7 @@ REFUSED = [
     (texts('{"label": 1}\n', 'a.jsonl'), 'line 1: is not of the form'),
     (lambda folder: run(*BASE, out='/proc/x'), 'cannot be written'),
     (lambda folder: run(out=''), '--out_dir=: give a folder'),
-    (lambda folder: bench.run(bench.options().parse_args(['--json=/nowhere/x'])),
+    (lambda folder: bench.run_suites(bench.options().parse_args(['--json=/nowhere/x'])),
      '/nowhere/x: cannot be written'),
     (lambda folder: M.load(folder / 'm.pt'), 'm.pt: no such checkpoint'),
     (lambda folder: M.save(tiny(), folder / 'm.pt') or M.load(
@@ -2572,7 +2572,7 @@ def test_suites(suite, tmp_path, monkeypatch):
         if name in ('ours', 'transformers')})
     args = ['--suite', suite, '--json', str(tmp_path / 'rows')]
     args += ['--plot', str(tmp_path / 'p.png')] if suite == 'layer' else []
-    rows = bench.run(bench.options().parse_args(args), toy)
+    rows = bench.run_suites(bench.options().parse_args(args), toy)
     assert [json.loads(line) for line in open(tmp_path / 'rows')] == rows
     assert all(r['speedup'] > 0 and r['suite'] in (suite, 'linearity') for r in rows)
     if suite == 'layer':
@@ -2600,7 +2600,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
     # what the others are told of the penalty is no option of MoEfication's, which has none
     o.train, o.rest = train, ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
     refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=o.rest + rest)), job=bench.run)
-    rows = bench.run(o)
+    rows = bench.run_suites(o)
     said = capsys.readouterr().out
     assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
     assert {(r['method'], r['seed']) for r in rows} == {
@@ -2617,7 +2617,7 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
         r['variant'] for r in rows if r['method'] == 'd2dmoe'}
     # a second run finds everything done
     monkeypatch.setattr(train, 'learn', None)
-    again = bench.run(o)
+    again = bench.run_suites(o)
     assert [r['quality'] for r in again] == [r['quality'] for r in rows]
     found = json.load(open(tmp_path / 'methods.json'))
     other, = found['left_out']
