@@ -797,15 +797,14 @@ def c_ffn(bundle):
 def int8_layer(projections, mlps, norms):
     """A block for encode_int8. projections: q (or q, k and v in one), k, v and o as Int8, or None
     where there is none; mlps: what q, k, v and o are instead, and the FFN, each None or (Experts,
-    router: None or its two matrices, whether the one before had the same first, whether the rule is
-    dynk, tau, floor); norms: scale and shift of both LayerNorms. The caller keeps them alive.
+    router: None or its two matrices, whether the rule is dynk, tau, floor); norms: scale and shift of
+    both LayerNorms. The caller keeps them alive.
     -> the beginning of a Layer; of each of mlps None, or how many experts its router has, or 0."""
     fields = [field for m in projections for field in (c_matrix(m) if m else [None] * 7)]
     for bundle, router in (mlp or (None, None) for mlp in mlps):
-        *matrices, again, dynk, tau, floor = router or (None, None, False, False, 0, 0)
+        *matrices, dynk, tau, floor = router or (None, None, False, 0, 0)
         fields += [field for m in matrices for field in (c_matrix(m) if m else [None] * 7)]
-        fields += [*(c_ffn(bundle) if bundle else [None] * 18), again, dynk, float(tau),
-                   float(floor)]
+        fields += [*(c_ffn(bundle) if bundle else [None] * 18), dynk, float(tau), float(floor)]
     numbers = [mlp and (len(mlp[0].offsets) - 1 if mlp[1] else 0) for mlp in mlps]
     return packed(*fields, *norms), numbers
 
@@ -1714,8 +1713,7 @@ extern "C" void experts8(const Ffn* f, const Call* c) {
 
 struct Branch {                  // an MLP
     Matrix r1, r2; Ffn ffn;      // the router's two matrices, null where every expert runs
-    i64 again, dynk;             // again: r1 is that of the router before
-    double tau, floor;           // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
+    i64 dynk; double tau, floor; // dynk: run |s| >= tau * max and |s| > floor; else s >= tau
 };
 enum { Q, K, V, O, FFN };
 struct Layer {                   // a projection is one of dense, or of mlps, the other is null
@@ -1844,13 +1842,13 @@ struct Pass {  // one thread's way through a layer
         const Branch& b = l->mlps[j];
         const i64 W = b.r1.N, E = b.ffn.E;
         std::fill_n(my.mask.begin(), n * E, 1);
-        if (b.r1.w && !b.again) {
+        if (b.r1.w) {
             product(b.r1, my.x, n, 0, 1, {router, W});
             for (i64 i = 0; i < n * W; i++) router[i] = router[i] < 0 ? 0 : router[i];
             r.K = W;
             for (i64 t = 0; t < n; t++) r.set(t, router + t * W);
+            product(b.r2, r, n, 0, 1, {score, E});
         }
-        if (b.r1.w) product(b.r2, r, n, 0, 1, {score, E});
         for (i64 t = 0; t < n && b.r1.w; t++) {
             float *__restrict s = score + t * E, most = 0;
             u8* __restrict run = &my.mask[t * E];

@@ -90,7 +90,7 @@ class Config:
 class Linear(nn.Linear):
     """nn.Linear on the fastest dense linear of the device."""
 
-    def forward(self, x, tap=None, h=None):
+    def forward(self, x, tap=None):
         return linear(x, self.weight, self.bias)
 
 def quantize(module, weight='weight', bias='bias'):
@@ -119,11 +119,11 @@ class MLP(nn.Module):
     def experts(self):
         return Experts(self.w_in, self.b_in, self.w_out, self.b_out, self.offsets, self.act)
 
-    def forward(self, x, tap=None, h=None):
-        """x (T, D) -> (T, D); h (T, W): what its router's first layer makes of x, if known."""
+    def forward(self, x, tap=None):
+        """x (T, D) -> (T, D)."""
         score = mask = rho = None
         if self.router is not None and self.router.rule:
-            score, mask = self.router(x, h)                      # (T, R), (T, E)
+            score, mask = self.router(x)                         # (T, R), (T, E)
             rho = self.router.rho
         if tap is None or isinstance(tap, Masks):
             if tap is not None:
@@ -181,8 +181,6 @@ class Attention(nn.Module):
             new = MLP(D, projection_width(D), 'relu') if replaced else Linear(*sizes)
             setattr(self, name, new)
         self.qkv = None                 # of an int8 model all three in one
-        # the router whose first layer those of q, k and v share, in a list: no submodule of this
-        self.first = []
 
     def forward(self, x, layout, cache=None, tap=None, rows=None):
         """x (T, D) -> (T, D), or of `rows` alone: (B, D)."""
@@ -190,11 +188,9 @@ class Attention(nn.Module):
             q, k, v = linear(x, self.qkv).unflatten(-1, (3, self.n_head, -1)).unbind(1)
             q = q if rows is None else q[rows]
         else:
-            h = self.first[0].net.features(x) if self.first and self.first[0].rule else None
-            asking = (x, h) if rows is None else (x[rows], h if h is None else h[rows])
-            parts = (self.q, asking), (self.k, (x, h)), (self.v, (x, h))
-            q, k, v = (project(t, tap, own).unflatten(-1, (self.n_head, -1))
-                       for project, (t, own) in parts)           # (T, n_head, d)
+            parts = (self.q, x if rows is None else x[rows]), (self.k, x), (self.v, x)
+            q, k, v = (project(t, tap).unflatten(-1, (self.n_head, -1))
+                       for project, t in parts)                  # (T, n_head, d)
         y = attention(q, k, v, layout, cache, self.dropout if self.training else 0.0)
         return self.o(y.flatten(1), tap)
 
@@ -297,26 +293,6 @@ class Transformer(nn.Module):
             own_width = width if mlp in ffns else min(width, 32)
             mlp.router = Router(kind, mlp, owners, own_width).to(mlp.w_in.device)
         c.router_loss, c.router_width = kind, width
-        self.share_features()
-
-    def share_features(self, wanted=True):
-        """The routers of a block's q, k and v, which read the same, get one first layer (active's):
-        if `wanted`, or where they have equal ones, as those of a checkpoint do that had one."""
-        for at in (block.attn for block in self.blocks):
-            # q last: it may be asked of fewer tokens
-            routers = [p.router for p in (at.v, at.k, at.q) if isinstance(p, MLP) and p.router]
-            at.first = []
-            first, *others = [router.net for router in routers] or [None]
-            if not others or not hasattr(first, 'features'):
-                continue
-            if wanted or all(torch.equal(net.w1, first.w1) and torch.equal(net.b1, first.b1)
-                             for net in others):
-                at.first = routers[:1]
-            for router in routers[1:]:
-                net = router.net
-                router.size = net.w2.numel() + (0 if at.first else net.w1.numel())
-                if at.first:
-                    net.w1, net.b1 = first.w1, first.b1
 
     def add_exits(self):
         """Fresh heads for texts that leave early. BadInput if it does not classify."""
@@ -699,8 +675,8 @@ class Transformer(nn.Module):
 FUSED = weakref.WeakKeyDictionary()
 
 def int8_blocks(model):
-    def routing(router, again):         # its matrices and its rule
-        matrices = router.net.w1, router.net.w2, again
+    def routing(router):                # its matrices and its rule
+        matrices = router.net.w1, router.net.w2
         if model.config.rule == 'dynk':
             return *matrices, True, router.tau, router.floor
         # of a sigmoid
@@ -714,11 +690,9 @@ def int8_blocks(model):
         dense = [getattr(part, 'weight', None) for part in parts[:4]]
         dense[0] = dense[0] if at.qkv is None else at.qkv
         mlps = []
-        for i, part in enumerate(parts):
-            # of q, k and v all but the first find its features there
-            again = bool(at.first) and any(mlps) and i < 3
+        for part in parts:
             routed = isinstance(part, MLP) and model.config.rule
-            router = routing(part.router, again) if routed else None
+            router = routing(part.router) if routed else None
             mlps.append((part.experts, router) if isinstance(part, MLP) else None)
         norms = block.ln_1.weight, block.ln_1.bias, block.ln_2.weight, block.ln_2.bias
         layers.append(int8_layer(dense, mlps, norms))
@@ -912,7 +886,6 @@ def build(data, path='checkpoint'):
             assert t.dtype == kind and t.is_contiguous() and not t.is_meta, f'{name} is no {kind}'
             assert t.sum().isfinite() or t.isfinite().all(), f'{name} is not finite'
         model.load_state_dict(state, assign=True)
-        model.share_features(wanted=False)
         for ends, H in ((mlp.offsets.tolist(), len(mlp.w_in)) for mlp in model.mlps()):
             assert ends == sorted(ends) and [ends[0], ends[-1]] == [0, H], 'offsets'
         model.about = data.get('data') or {}

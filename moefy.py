@@ -236,7 +236,7 @@ class SoftMasks(nn.Module):
         self.alpha = nn.Parameter(torch.full((n_masks, H), ALPHA / speed))
         self.chosen, self.speed, self.binary, self.density = chosen, speed, False, None
 
-    def forward(self, x, h=None):       # (T, D) -> (T, K), (T, H)
+    def forward(self, x):               # (T, D) -> (T, K), (T, H)
         p = linear(x, self.w).float().softmax(-1)
         return p, self.choose(p)
 

@@ -144,22 +144,18 @@ class Norm(nn.Module):
         return F.mse_loss(self(seen.x), seen.norms / seen.scale)
 
 class Active(Norm):
-    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest. Those
-    of a block's q, k and v, which read the same, have one first layer (share_features)."""
+    """Ours: the same network, asked only whether a norm reaches 5 % of the token's largest."""
     rule = 'threshold'
 
     def __init__(self, mlp, owners, width):
         super().__init__(mlp, owners, width)
         self.b1, self.b2 = (nn.Parameter(torch.zeros(len(w))) for w in (self.w1, self.w2))
 
-    def features(self, x):                  # (T, D) -> (T, W)
-        return F.relu(linear(x, self.w1, self.b1))
+    def logits(self, x):                    # (T, D) -> (T, R)
+        return linear(F.relu(linear(x, self.w1, self.b1)), self.w2, self.b2)
 
-    def logits(self, x, h=None):            # (T, D), features or None -> (T, R)
-        return linear(self.features(x) if h is None else h, self.w2, self.b2)
-
-    def forward(self, x, h=None):
-        return self.logits(x, h).sigmoid()
+    def forward(self, x):
+        return self.logits(x).sigmoid()
 
     def loss(self, seen):
         largest = seen.norms.amax(-1, keepdim=True).clamp_min(1e-9)
@@ -266,8 +262,8 @@ class Router(nn.Module):
         # a slice runs if any chosen output owns it
         return chosen if self.owners is None else (chosen.float() @ self.owners.float()) > 0
 
-    def forward(self, x, h=None):           # (T, D), features or None -> (T, R), (T, E)
-        score = self.net(x) if h is None else self.net(x, h)
+    def forward(self, x):                   # (T, D) -> (T, R), (T, E)
+        score = self.net(x)
         return score, self.choose(score)
 
 # -------------------------------------------------------------------------------------- depth
@@ -411,7 +407,6 @@ class Route:
 
     def parameters(self, model):
         model.eval()                        # no dropout: the model is frozen
-        # each once, whoever shares it
         return nn.ModuleList(mlp.router.net for mlp in model.mlps()).parameters()
 
     def loss(self, model, batch, progress):

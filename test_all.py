@@ -1437,30 +1437,6 @@ def test_flops_by_hand(config, options, want):
     assert {part: got[part] for part in want} == pytest.approx(want, rel=1e-12)
     assert got.pop('total') == sum(got.values())
 
-def test_routers_of_q_k_and_v_share_their_first_layer(tmp_path):
-    m, idx = routed(tiny(projections='qkv'), kind='active').set_rule('threshold', 0.5), tokens(3, 9)
-    nets = [[getattr(block.attn, name).router.net for name in 'qkv'] for block in m.blocks]
-    assert all(net.w1 is row[0].w1 and net.b1 is row[0].b1 for row in nets for net in row)
-    learning = [*R.Route().parameters(m)]
-    assert len(learning) == len({*learning}) == 2 * (2 + 3 * 2 + 4)
-    # each by itself: the same, at more FLOPs; so is what a checkpoint has apart
-    apart, half = copy.deepcopy(m), [0.5] * len(m.mlps())
-    for block in apart.blocks:
-        block.attn.k.router.net.w1 = torch.nn.Parameter(block.attn.k.router.net.w1 * 1, False)
-        block.attn.first = []
-    assert torch.equal(apart(idx), m(idx))
-    for model in (m, apart):                # equal ones become one again
-        M.save(model, tmp_path / 'm.pt')
-        again = M.load(tmp_path / 'm.pt')
-        assert torch.equal(again(idx), m(idx)) and again.blocks[0].attn.first
-    apart.blocks[1].attn.k.router.net.w1 += 0.1
-    M.save(apart, tmp_path / 'm.pt')
-    again = M.load(tmp_path / 'm.pt')
-    assert torch.equal(again(idx), apart(idx)) and again.blocks[0].attn.first
-    assert not again.blocks[1].attn.first
-    more = again.flops(9, half)['router'] - m.flops(9, half)['router']
-    assert more == 2 * 2 * 8 * 16           # two first layers of 8 x 16
-
 def test_strings():
     m, bert = tiny(vocab_size=256), tiny(vocab_size=257, **CLS)
     m.about = bert.about = dict(tokenizer='bytes')
