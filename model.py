@@ -367,8 +367,9 @@ class Transformer(nn.Module):
         def added(at):
             return found.get('start', 0.0) + sum(menu[i][1] for menu, i in zip(menus, at))
 
-        # from most experts to fewest, always by the step that saves most FLOPs for its loss
-        while flops is None or cost(at) > flops:
+        # from most experts to fewest, always by the step that saves most FLOPs for its loss; where
+        # what is adapted does better with fewer, further than it has to
+        while True:
             steps = []
             for m, menu in enumerate(menus):
                 for i in range(at[m] + 1, len(menu)):
@@ -376,7 +377,7 @@ class Transformer(nn.Module):
                     saved = cost(at) - cost(to)
                     if saved > 0 and (flops is not None or added(to) <= max_loss):
                         steps.append(((added(to) - added(at)) / saved, to))
-            if not steps:
+            if not steps or flops is not None and cost(at) <= flops and min(steps)[0] >= 0:
                 break
             at = min(steps)[1]
         if flops is not None and cost(at) > flops or flops is None and added(at) > max_loss:

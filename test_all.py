@@ -875,6 +875,10 @@ def test_a_budget_takes_the_best_of_all_choices():
     taus = m.budget(max_loss=0.03).config.taus
     assert [mlp.router.tau for mlp in m.mlps()] == taus and m.config.floor == 0.02
     assert of([next(e for e in menu if e[0] == t) for menu, t in zip(menus, taus)])[1] <= 0.05
+    # what was adapted loses least with fewer experts: a budget that allows more takes those
+    for menu in menus:
+        menu[1:3] = (0.2, -0.01, 0.6), (0.3, -0.015, 0.3)
+    assert m.budget(flops=1.05).config.taus == [0.3] * 3
     refused('as close as', job=m.budget, flops=0.1)
     refused('none yet', job=tiny().budget, flops=0.9)
     refused('nothing was measured', job=routed(tiny()).budget, flops=0.9)
