@@ -429,7 +429,7 @@ def evaluate(entries, batches, o, settings, folder, device):
             row['delta'] = row['loss'] / rows[0]['loss'] - 1
         return rows
 
-    def of_dtypes(*dtypes):
+    def rows_in(*dtypes):
         return [r for i, r in enumerate(rows_so_far())
                 if i == 0 or r['checkpoint'] in mine and r['floor'] in (None, o.floor)
                 and r['dtype'] in dtypes]
@@ -441,13 +441,13 @@ def evaluate(entries, batches, o, settings, folder, device):
         for job in jobs:
             measure(*job)
         # what is deployed; on a GPU only the weights would be int8
-        for job in quantised_jobs(entries, of_dtypes('fp32'), jobs[0][1]) if device == 'cpu' else ():
+        for job in quantised_jobs(entries, rows_in('fp32'), jobs[0][1]) if device == 'cpu' else ():
             measure(*job)
     finally:
         results['rows'] = rows_so_far()
         write_json(path, results)
     if not kernel.ranks()[0]:
-        print_results(of_dtypes('fp32', o.dtype, 'int8'), of_dtypes(o.dtype), results['activity'],
+        print_results(rows_in('fp32', o.dtype, 'int8'), rows_in(o.dtype), results['activity'],
                       folder)
     return results
 
@@ -1491,6 +1491,9 @@ METHODS = {
     ('ours', 'with halting, one schedule'): (
         'dense', 'halting sparsify moefy router adapt',
         ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
+    ('ours', 'with halting, narrow heads, one schedule'): (
+        'dense', 'halting narrow sparsify moefy router adapt',
+        ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1 --narrow=0.5'),
     # the controls of all that is adapted, twice the steps: no penalty; the paper's method
     ('dense', 'longer'): ('dense', 'sparsify', '--sparsity_weight=0'),
     ('d2dmoe', 'longer'): ('dense', 'sparsify moefy router', ''),
@@ -1505,7 +1508,7 @@ MAIN = {                                # three seeds
     'd2dmoe': ('', 'longer', 'projections, longer'), 'pruning': ('',),
     'ours': ('', 'adapted', 'with halting', 'with halting, adapted', 'projections', 'one schedule',
              'q and k, one schedule', 'projections, one schedule', 'narrow heads, one schedule',
-             'with halting, one schedule')}
+             'with halting, one schedule', 'with halting, narrow heads, one schedule')}
 
 def place(out_dir, method, seed):
     name = '-'.join(filter(None, method)).replace(',', '').replace(' ', '-').replace('/', 'by')
