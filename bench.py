@@ -447,8 +447,8 @@ def evaluate(entries, batches, o, settings, folder, device):
         results['rows'] = rows_so_far()
         write_json(path, results)
     if not kernel.ranks()[0]:
-        print_results(rows_in('fp32', o.dtype, 'int8'), rows_in(o.dtype), results['activity'],
-                      folder)
+        table = rows_in('fp32', o.dtype, 'int8')
+        print_results(table, rows_in(o.dtype), results['activity'], folder)
     return results
 
 # -------------------------------------------------------------------------------------- tables

@@ -797,8 +797,8 @@ def c_ffn(bundle):
 def int8_layer(projections, mlps, norms):
     """A block for encode_int8. projections: q (or q, k and v in one), k, v and o as Int8, or None
     where there is none; mlps: what q, k, v and o are instead, and the FFN, each None or (Experts,
-    router: None or its two matrices, whether the rule is dynk, tau, floor); norms: scale and shift of
-    both LayerNorms. The caller keeps them alive.
+    router: None or its two matrices, whether the rule is dynk, tau, floor); norms: scale and shift
+    of both LayerNorms. The caller keeps them alive.
     -> the beginning of a Layer; of each of mlps None, or how many experts its router has, or 0."""
     fields = [field for m in projections for field in (c_matrix(m) if m else [None] * 7)]
     for bundle, router in (mlp or (None, None) for mlp in mlps):

@@ -2579,7 +2579,8 @@ def test_methods(text, tmp_path, monkeypatch, capsys):
         '--plot', str(tmp_path / 'p.png'), '--seed=3'])
     # what the others are told of the penalty is no option of MoEfication's, which has none
     o.train, o.rest = train, ['--preset=hour', *tiny, '--n_experts=8', '--sparsity_weight=1e-3']
-    refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=o.rest + rest)), job=bench.run)
+    refused('--seed: ', SimpleNamespace(**vars(o) | dict(rest=o.rest + rest)),
+            job=bench.run_suites)
     rows = bench.run_suites(o)
     said = capsys.readouterr().out
     assert 'exits: for BERTs only' in said and 'change against dense at FLOPs of' in said
