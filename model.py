@@ -375,7 +375,7 @@ class Transformer(nn.Module):
                 for i in range(at[m] + 1, len(menu)):
                     to = [*at[:m], i, *at[m + 1:]]
                     saved = cost(at) - cost(to)
-                    if saved > 0 and (flops is not None or added(to) <= max_loss):
+                    if saved > 0 and (flops is not None or added(to) <= max(max_loss, added(at))):
                         steps.append(((added(to) - added(at)) / saved, to))
             if not steps or flops is not None and cost(at) <= flops and min(steps)[0] >= 0:
                 break

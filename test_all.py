@@ -879,6 +879,8 @@ def test_a_budget_takes_the_best_of_all_choices():
     for menu in menus:
         menu[1:3] = (0.2, -0.01, 0.6), (0.3, -0.015, 0.3)
     assert m.budget(flops=1.05).config.taus == [0.3] * 3
+    m.config.calibration['start'] = 0.03
+    assert m.budget(max_loss=0.0).config.taus == [0.3] * 3
     refused('as close as', job=m.budget, flops=0.1)
     refused('none yet', job=tiny().budget, flops=0.9)
     refused('nothing was measured', job=routed(tiny()).budget, flops=0.9)
