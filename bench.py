@@ -1440,6 +1440,7 @@ def engine_rows(name, found, tasks, causal):
 
 # the rate stays up in sparsify, adapt takes it down
 ONE_SCHEDULE = '--router_loss=active --lr_end=1 --expert_price=0.1'
+HALTING = ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'
 # name, variant: whose checkpoints it starts from, the phases that it adds, their options. All on
 # the same base and control, fine-tuned for as many steps. A method is a line here.
 METHODS = {
@@ -1489,11 +1490,9 @@ METHODS = {
     ('ours', 'narrow heads, one schedule'): (                     # half of the dimensions
         'dense', 'narrow sparsify moefy router adapt', ONE_SCHEDULE + ' --narrow=0.5'),
     ('ours', 'with halting, one schedule'): (
-        'dense', 'halting sparsify moefy router adapt',
-        ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1'),
+        'dense', 'halting sparsify moefy router adapt', HALTING),
     ('ours', 'with halting, narrow heads, one schedule'): (
-        'dense', 'halting narrow sparsify moefy router adapt',
-        ONE_SCHEDULE + ' --expert_price=1 --halting=1 --halt_sooner=1 --narrow=0.5'),
+        'dense', 'halting narrow sparsify moefy router adapt', HALTING + ' --narrow=0.5'),
     # the controls of all that is adapted, twice the steps: no penalty; the paper's method
     ('dense', 'longer'): ('dense', 'sparsify', '--sparsity_weight=0'),
     ('d2dmoe', 'longer'): ('dense', 'sparsify moefy router', ''),
@@ -1672,7 +1671,7 @@ def options():
         help='force an implementation (suites layer and peers)')
     add('--checkpoint', metavar='FILE.pt', help='of a converted model, for the suite engines; '
         'dense.pt is beside it')
-    add('--tau', type=float, help='of a --checkpoint that was saved without a rule')
+    add('--tau', type=float, help='of the --checkpoint, instead of the one it was saved with')
     add('--data', help='of the suite methods, as train.py takes it; so are other options of it')
     add('--seeds', type=int, default=3, help='of the main rows of the suite methods')
     add('--out_dir', help='of the suite methods: it goes on where it was')

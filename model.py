@@ -377,7 +377,8 @@ class Transformer(nn.Module):
                     saved = cost(at) - cost(to)
                     if saved > 0 and (flops is not None or added(to) <= max(max_loss, added(at))):
                         steps.append(((added(to) - added(at)) / saved, to))
-            if not steps or flops is not None and cost(at) <= flops and min(steps)[0] >= 0:
+            fits = flops is not None and cost(at) <= flops
+            if not steps or fits and min(steps)[0] >= 0:
                 break
             at = min(steps)[1]
         if flops is not None and cost(at) > flops or flops is None and added(at) > max_loss:
