@@ -82,11 +82,10 @@ def experts(x, mask, bundle, impl=None, rho=None):
     inputs = (t for t in (x, mask, *bundle[:4]) if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return reference(x, mask, bundle)
-    impl = impl or choose(x, mask, bundle, rho)
     # The compiler has to see one op; otherwise it would only cost 20 us, as much as a small layer.
-    if impl in ('triton', 'cpp') and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return experts_op(x, mask, *bundle, impl, rho)
-    return IMPLS[impl](x, mask, bundle, rho)
+    return IMPLS[impl or choose(x, mask, bundle, rho)](x, mask, bundle, rho)
 
 # The dispatcher: the first row that fits serves while rho < limit and, with a width, < s / width;
 # beyond these dense is faster.
@@ -132,7 +131,7 @@ def choose(x, mask, bundle, rho=None):
     if width:
         limit = min(limit, len(bundle.w_in) / max(1, mask.shape[1]) / width)
     # Counting costs little where nothing has to wait for it.
-    if x.is_cpu and not torch.compiler.is_compiling():
+    if x.is_cpu:
         rho = mask.sum().item() / max(1, mask.numel())
     return impl if (0.25 if rho is None else rho) < limit else 'dense'
 
@@ -239,7 +238,7 @@ def dense_masked(x, mask, bundle, rho=None):
     y, H, E = torch.empty_like(x), len(w_in), mask.shape[1]
     # On a GPU looking at the offsets would be waiting for them.
     equal = x.is_cpu and E > 0 and H % E == 0 and bool((offsets.diff() == H // E).all())
-    fused = x.is_cuda and triton is not None and H > 0 and not torch.compiler.is_compiling()
+    fused = x.is_cuda and triton is not None and H > 0
     block = 512 if x.is_cpu else 4096
     for rows in (slice(i, i + block) for i in range(0, len(x), block)):
         a = linear(x[rows], w_in, b_in)  # (block, H)
@@ -336,9 +335,9 @@ def spoilt_attention(q, k, v, mask, dropout):
 def attention(q, k, v, layout, cache=None, dropout=0.0):
     """k, v (T, heads, d): every token looks at those of its own sequence, a GPT's at earlier ones.
     q as k -> (T, heads, d); or (B, heads, d), of the tokens layout.head_rows() alone -> as many."""
-    only = len(q) < len(k)
-    fast = q.is_cpu and not dropout and torch.is_inference_mode_enabled() and have_cpp()
-    if fast and not torch.compiler.is_compiling() and q.dtype in (torch.float32, torch.bfloat16):
+    only, looks = len(q) < len(k), q.is_cpu and not torch.compiler.is_compiling()
+    fast = looks and not dropout and q.dtype in (torch.float32, torch.bfloat16)
+    if fast and torch.is_inference_mode_enabled() and have_cpp():
         return cpp_attention(q, k, v, layout, cache, only)
     q = q[:, :, None] if only else layout.pad(q).transpose(1, 2)
     k, v = (layout.pad(t).transpose(1, 2) for t in (k, v))  # (B, heads, L, d)
@@ -347,7 +346,7 @@ def attention(q, k, v, layout, cache=None, dropout=0.0):
     new, past = q.shape[2], k.shape[2] - q.shape[2]
     mask = layout.mask[:, :, -1:] if only and layout.mask is not None else layout.mask
     # A single query is the last token, and sees all; torch's own mask knows of no past.
-    causal, looks = layout.causal and new > 1, q.is_cpu and not torch.compiler.is_compiling()
+    causal = layout.causal and new > 1
     # Nor of 0 times NaN; on a GPU to look would be to wait.
     spoilt = causal and looks and not (k.sum() + v.sum()).isfinite()
     if causal and mask is None and (past or spoilt):
@@ -685,7 +684,6 @@ def library():
         why = f'building the C++ kernel failed: experts run in plain torch, slowly\n{error}'
         return warnings.warn(why)
 
-@torch.compiler.assume_constant_result
 def have_cpp():
     return library() is not None
 
@@ -878,8 +876,10 @@ IMPLS = dict(triton=triton_experts, cpp=cpp_experts, torch=expert_loop, dense=de
 @torch.library.custom_op('d2dmoe::experts', mutates_args=())
 def experts_op(x: torch.Tensor, mask: torch.Tensor, w_in: torch.Tensor,
                b_in: Optional[torch.Tensor], w_out: torch.Tensor, b_out: Optional[torch.Tensor],
-               offsets: torch.Tensor, act: str, impl: str, rho: Optional[float]) -> torch.Tensor:
-    return IMPLS[impl](x, mask, Experts(w_in, b_in, w_out, b_out, offsets, act), rho)
+               offsets: torch.Tensor, act: str, impl: Optional[str],
+               rho: Optional[float]) -> torch.Tensor:
+    bundle = Experts(w_in, b_in, w_out, b_out, offsets, act)
+    return experts(x, mask, bundle, impl, rho).contiguous()
 
 experts_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
