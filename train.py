@@ -1036,12 +1036,11 @@ def agree(log, *flags):
     means = (over_ranks(state) / ranks()[1]).tolist()
     return dict(zip(log, means)), *means[len(log):]
 
-def learn(name, phase, whole, own, corpus, o, device, keep):
-    """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`,
-    which is what learns, unless FSDP shards a copy of it. -> the signal that came in the end."""
-    (rank, size), start, steps = ranks(), own.get('step', 0), phase.steps
+def ready(name, phase, whole, own, o, device):
+    """-> (what learns: `whole`, unless FSDP shards a copy of it; its parameters; their optimizer;
+    the forward passes that a step costs)."""
     if own:
-        print(f'{name:8s} going on at step {start} of {steps}')
+        print(f'{name:8s} going on at step {own["step"]} of {phase.steps}')
         begun_here(phase, whole.load_state_dict, own['model'])
     model, parameters = whole.train(), [p.requires_grad_(True) for p in phase.parameters(whole)]
     # forward, and twice that backward; what is frozen is small enough for one device
@@ -1051,6 +1050,15 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
         parameters = [*phase.parameters(model)]
     optimizer = make_optimizer(model, parameters, phase, o, device, own.get('optimizer'))
     model.checkpoint_activations = o.checkpoint_activations
+    if o.compile:
+        model.compile()
+    return model, parameters, optimizer, passes
+
+def learn(name, phase, whole, own, corpus, o, device, keep):
+    """AdamW, clipping, accumulation; keep(step, optimizer's state) writes a checkpoint of `whole`.
+    -> the signal that came in the end."""
+    (rank, size), start, steps = ranks(), own.get('step', 0), phase.steps
+    model, parameters, optimizer, passes = ready(name, phase, whole, own, o, device)
 
     def write(step):
         gather(model, whole)
@@ -1058,8 +1066,6 @@ def learn(name, phase, whole, own, corpus, o, device, keep):
 
     if not own:
         write(0)                            # a place that cannot be written to shows now
-    if o.compile:
-        model.compile()
     peak = bench.peak(device, torch.bfloat16 if has_bf16(device) else torch.float32)
     began, tokens, stopped = time.time(), 0, 0
     said = saved = began
