@@ -184,6 +184,8 @@ def linear(x, weight, bias=None):
         return int8_linear(x, weight).to(x.dtype)
     # In this order: a compiler cannot trace the question for inference mode.
     plain = torch.compiler.is_compiling() or not x.is_cpu or not x.numel()
+    # Which casts what F.linear gets, and nothing else.
+    plain = plain or torch.is_autocast_enabled('cpu')
     if plain or not torch.is_inference_mode_enabled():
         return F.linear(x, weight, bias)
     # From 512 tokens on, the faster one stays it.
@@ -279,7 +281,7 @@ class Layout(NamedTuple):
     def of(keep, B, L, causal):
         """keep (B, L): 0 where padding is, or None."""
         if keep is None or bool(keep.all()):
-            starts = torch.arange(0, B * L + 1, L, dtype=torch.int32)
+            starts = torch.arange(B + 1, dtype=torch.int32) * L
             return Layout(B, L, starts, None, None, causal)
         index, mask = keep.reshape(-1).nonzero().squeeze(-1), keep.bool()[:, None, None, :]
         if causal:

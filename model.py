@@ -14,6 +14,7 @@ and a router says, per token, which slices to run. With every expert on it is th
     E experts (slices) · R router outputs · V vocabulary
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -292,6 +293,8 @@ class Transformer(nn.Module):
                 owners = torch.zeros(c.n_outputs[i], c.n_experts[i], dtype=torch.bool)
             own_width = width if mlp in ffns else min(width, 32)
             mlp.router = Router(kind, mlp, owners, own_width).to(mlp.w_in.device)
+        if kind != c.router_loss:       # neither a rule nor what was measured is of these
+            c.rule, c.calibration = '', {}
         c.router_loss, c.router_width = kind, width
 
     def add_exits(self):
@@ -306,7 +309,9 @@ class Transformer(nn.Module):
         c.exits = True
 
     def add_halting(self):
-        """Tokens may leave early from now on. BadInput if it is causal."""
+        """Tokens may leave early from now on. BadInput if it is causal, or has exits."""
+        if self.exits is not None:
+            raise BadInput('tokens that halt do not go with texts that leave early: it has exits')
         if self.config.causal:
             raise BadInput('tokens halt in a BERT only: the later ones of a GPT need the keys and '
                            'values that every block makes of the earlier ones')
@@ -416,9 +421,13 @@ class Transformer(nn.Module):
         self.dtype = dtype
         return self.eval().requires_grad_(False)
 
-    def _apply(self, *args):            # .to(), .bfloat16(): weights move
+    def _apply(self, f, *args):         # .to(), .bfloat16(): weights move
         FUSED.pop(self, None)
-        return super()._apply(*args)
+        here = self.wte.weight.device
+        if self.dtype == 'int8' and f(torch.empty(0, device=here)).device != here:
+            raise BadInput(f'int8: its whole numbers lie as {here} wants them; move the model, then '
+                           'quantize it')
+        return super()._apply(f, *args)
 
     def fused(self):
         """The blocks as encode_int8 takes them: no router but the two-layer ones by their own rule.
@@ -463,7 +472,7 @@ class Transformer(nn.Module):
         list, receives dict(x, z, a, score, mask) from every MLP, a Masks only the masks.
         """
         x, layout = self.embed(idx, attention_mask, token_type_ids, cache)
-        if only:
+        if only or self.config.head == 'cls':
             refuse_empty(layout)
         c, masks_only = self.config, tap is None or isinstance(tap, Masks)
         fused = self.fused() if self.dtype == 'int8' and masks_only else None
@@ -552,7 +561,7 @@ class Transformer(nn.Module):
             rows = layout.head_rows()
             x = block(x, layout, None, tap, rows if last and only else None)
             if last:
-                out[here] = self.logits(x if only else x[rows])
+                out[here] = self.logits(x if only else x[rows]).to(out.dtype)
                 break
             said.append(self.exits.head(i, x[rows], said[-1] if i else None))
             answer = self.exits.answer(said)
@@ -573,6 +582,9 @@ class Transformer(nn.Module):
             refuse_empty(layout)
             return self.leave_early(x, layout, tap, only)
         h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
+        # whichever side is padded
+        if self.config.head == 'cls' and not only and attention_mask is not None:
+            h = h[torch.arange(len(h), device=h.device), attention_mask.int().argmax(1)]
         return h if self.config.head is None else self.logits(h)
 
     def loss(self, batch, tap=None):
@@ -583,7 +595,7 @@ class Transformer(nn.Module):
         pays = self.halting is not None and torch.is_grad_enabled()
         return task + self.halting.cost(len(self.blocks), n_tokens(inputs)) if pays else task
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
         """Prompt and continuation: idx (B, L) -> (B, L + n), or a string -> a string.
 
@@ -607,7 +619,9 @@ class Transformer(nn.Module):
                 cache = [LayerCache(block) for _ in self.blocks]
             else:
                 window = idx[:, -1:]
-            logits = self.logits(self.encode(window, cache=cache, only=True))            # (B, V)
+            # which is not left with tokens that nobody could learn from
+            with torch.inference_mode():
+                logits = self.logits(self.encode(window, cache=cache, only=True))        # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -753,7 +767,12 @@ def cut(ids, length, closing):
 def tokenizer(about, causal):
     """The Texts of what a checkpoint or the options say: tokenizer 'bytes', 'gpt2' (tiktoken) or
     'wordpiece', a published model's own (tokenizer_source, or its copy tokenizer_json)."""
-    name, source = about.get('tokenizer'), about.get('tokenizer_source')
+    names = 'tokenizer', 'tokenizer_source', 'tokenizer_json'
+    return read_tokenizer(*map(about.get, names), causal)
+
+# to read 30,000 wordpieces takes as long as to classify a hundred texts
+@functools.lru_cache(8)
+def read_tokenizer(name, source, json, causal):
     if name == 'bytes':                 # a BERT's texts begin with a token of their own
         first = [] if causal else [256]
         return Texts(lambda texts: [first + list(t.encode('utf-8', 'replace')) for t in texts],
@@ -764,9 +783,9 @@ def tokenizer(about, causal):
             import tiktoken
             gpt2 = tiktoken.get_encoding('gpt2')
             return Texts(lambda texts: [gpt2.encode_ordinary(t) for t in texts], gpt2.decode, 50257)
-        if 'tokenizer_json' in about:
+        if json:
             import tokenizers
-            enc = tokenizers.Tokenizer.from_str(about['tokenizer_json'])
+            enc = tokenizers.Tokenizer.from_str(json)
         else:
             enc = transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             enc = enc.backend_tokenizer
@@ -820,14 +839,16 @@ def check_writable(path, make_folder=False):
         raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
 
 def check_fp32(model, path):
-    if model.dtype != 'fp32':
-        raise BadInput(f'{path}: a model in {model.dtype} is for inference; save it before')
+    if model.dtype != 'fp32' or any(p.dtype != torch.float32 for p in model.parameters()):
+        kind = model.dtype if model.dtype != 'fp32' else model.wte.weight.dtype
+        raise BadInput(f'{path}: a model in {kind} is for inference; save it before')
     if model.config.router_loss in ceilings():
         raise BadInput(f'{path}: routers of {model.config.router_loss} are made of the weights, '
                        'there is nothing to save; save it before')
 
 def save(model, path, **extra):
     """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
+    model = getattr(model, '_orig_mod', model)                   # what torch.compile made
     check_fp32(model, path)
     data = dict(config=asdict(model.config), model=model.state_dict(), data=model.about) | extra
     write_atomically(path, lambda temporary: torch.save(data, temporary))
@@ -900,7 +921,8 @@ def build(data, path='checkpoint'):
 def load(where, n_classes=0, dtype='fp32'):
     """A checkpoint, an exported folder, or a published GPT-2 or BERT (folder or name) ->
     Transformer in eval mode, without gradients. n_classes > 0 puts a fresh classification head on
-    a BERT, unless it has one of that size. dtype: see Transformer.quantize. BadInput says what does
+    a BERT, unless it has one of that size. dtype: see Transformer.quantize. Its weights stay in the
+    file until they are used: put another in its place, never write into it. BadInput says what does
     not fit."""
     where = os.fspath(where)
     inside = os.path.join(where, 'd2dmoe.pt')                    # of what we exported

@@ -1097,12 +1097,13 @@ def test_exits_against_a_loop_that_computes_everything(dtype):
     m.set_rule('')
     assert len(m(idx, keep)) == 9 and m.config.exit_tau > 1
     refused('keys and values', job=tiny().add_exits)
+    refused('has exits', job=m.add_halting)
     refused('has none', 'confidence', 0.5, job=tiny().set_rule, error=ValueError)
 
 def test_exits_and_experts_keep_rules_of_their_own(tmp_path):
     m = routed(tiny(**CLS)).set_rule('dynk', 0.1)
     m.add_exits()
-    M.save(m.set_rule('confidence', 0.7), tmp_path / 'm.pt')
+    M.save(torch.compile(m.set_rule('confidence', 0.7)), tmp_path / 'm.pt')
     with pytest.raises(ValueError, match='not negative'):        # what is refused changes nothing
         m.set_rule('threshold', -1)
     for c in (m.config, M.load(tmp_path / 'm.pt').config):
@@ -1112,6 +1113,9 @@ def test_exits_and_experts_keep_rules_of_their_own(tmp_path):
     wide = routed(tiny(n_layer=4, projections='qkvo')).set_rule('dynk', 0.1)
     assert wide.config.tau == 0.1 and M.load(tmp_path / 'm.pt', n_classes=5).exits is None
     assert m.set_rule('').config.exit_tau > 1
+    # other routers, none of their rules
+    m.set_rule('dynk', 0.1).add_routers('active', 8)
+    assert m.config.rule == '' and not m.config.calibration
 
 def test_exits_learn_while_the_model_stays():
     m, phase = tiny(**CLS | dict(n_layer=3, dropout=0.5)), R.LearnExits()
@@ -1450,6 +1454,8 @@ def test_strings():
         idx = m.generate(torch.tensor([list(prompt.encode() or b'\n')]), 8, temperature=0)[0]
         want = bytes(idx.tolist()).decode('utf-8', 'replace')
         assert m.generate(prompt, 8, temperature=0) == want
+    # what was written can be learned from
+    m.requires_grad_(True)(idx[None]).sum().backward()
     # each by itself: [CLS] first, what is too long is cut
     texts = ['', *(c * i for i in range(1, 20) for c in 'a~ü')]
     logits = torch.cat([bert(torch.tensor([[256, *t.encode()][:12]])) for t in texts])
@@ -1460,8 +1466,29 @@ def test_strings():
     assert bert.classify(texts) == ['abc'[i] for i in want]
     assert bert.classify(texts[0]) == bert.classify(texts[:1])
 
+@pytest.mark.parametrize('config', [CLS, CLS | dict(exits=True), CLS | dict(halting=True)])
+def test_padding_on_either_side_and_autocast(config):
+    m, keep = tiny(**config), ragged(12)
+    if m.exits is not None:
+        m.set_rule('confidence', 1.0)
+    m.wpe.weight.zero_()                    # a text is the same wherever it stands
+    idx, left = tokens(3, 12), keep.flip(1)
+    want = torch.cat([m(row[k][None]) for row, k in zip(idx, keep)])
+    moved = torch.zeros_like(idx).masked_scatter(left, idx[keep])
+    for only, (x, mask) in itertools.product((False, True), ((idx, keep), (moved, left))):
+        close(m(x, mask, only=only), want)
+        # the fastest linear of each shape class is known by then
+        with torch.inference_mode():
+            m(x, mask, only=only)
+            with torch.autocast('cpu', bf16):
+                half = m(x, mask, only=only)
+        assert (half - want).abs().max() < 0.2 and (config is not CLS or half.dtype == bf16)
+
 @pytest.mark.parametrize('call, says', [
     (lambda: R.select(torch.ones(1, 2), 'other'), 'dynk, threshold'),
+    (lambda: tiny(**CLS)(tokens(2, 6), torch.tensor([[1], [0]]) * ragged(6)[0]), 'without a token'),
+    (lambda: tiny(**CLS)(tokens(2, 0)), 'without a token'),
+    (lambda: tiny().quantize('int8').to('meta'), 'move the model'),
     (lambda: tiny().set_rule('dynk'), 'rule=dynk'),
     (lambda: routed(tiny()).set_rule('other'), 'rule=other'),
     (lambda: tiny().classify(['']), 'only a'), (lambda: tiny().generate(['a'], 1), 'one string'),
@@ -2480,6 +2507,7 @@ REFUSED = [
     (lambda folder: M.export(tiny(), HERE), 'not an empty folder'),
     (lambda folder: M.export(tiny().quantize('int8'), folder / 'x'), 'in int8 is for inference'),
     (lambda folder: M.save(tiny().quantize('bf16'), folder / 'm.pt'), 'in bf16 is for inference'),
+    (lambda folder: M.save(tiny().double(), folder / 'm.pt'), 'in torch.float64 is for inference'),
     (lambda folder: M.save(routed(tiny(), kind='oracle'), folder / 'm.pt'), 'nothing to save'),
     (lambda folder: sparsify.Prune().prepare(uneven(), None), 'have lost neurons'),
     (lambda folder: moefy.expert_sizes(9, 10), 'n_experts=10: must be between 1 and the 9'),
