@@ -149,7 +149,7 @@ def entries(found, paths=()):
     # a phase comes after what it reads
     standing, here = [], {None}
     for path, data in found.items():
-        if data['parent'] in here and data['step'] >= data['steps']:
+        if (paths or data['parent'] in here) and data['step'] >= data['steps']:
             standing.append(entry(path, data))
             here.add(standing[-1].hash)
         elif not paths:
@@ -207,7 +207,10 @@ def jobs_of(entries, o):
     measured = [e for e in routed if e.data['config'].get('calibration')]
     # where none was, budget() says what to do
     for e in measured or routed if o.budget or o.max_loss else ():
-        c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
+        try:
+            c = build(e.data, e.path).budget(o.budget or None, o.max_loss or None).config
+        except BadInput as error:
+            raise BadInput(f'{e.path}: {error}') from None
         jobs.append(job(e, e.kind, c.rule, c.tau, tuple(c.taus), o.budget or o.max_loss))
     return jobs + [job(e, e.kind or None, 'confidence', tau) for e in entries
                    if e.data['config'].get('exits') for tau in CONFIDENCE]
@@ -520,8 +523,10 @@ def print_results(rows, curve_rows, activity, folder):
             print(f'{r["dtype"]} costs {name} {worse(r, [same]):+.2%} of its {r["metric"]}')
     print(f'{os.path.join(folder, "results.json")} has every row'
           + plot_rows(curve_rows, os.path.join(folder, 'results.png')))
-    deployable = [r for r in choice.values() if r['speedup']]
-    best = min(deployable, key=lambda r: r['flops'], default=None)
+    faster = [r for r in choice.values() if r['speedup'] and r['speedup'] > 1]
+    best = max(faster, key=lambda r: r['speedup'], default=None)
+    if choice and not best:
+        print('none of these is faster than the dense model here')
     if best:
         loaded = repr(best['file']) + f', dtype={best["dtype"]!r}' * (best['dtype'] != 'fp32')
         print(f'\nat most 1 % worse on the half that picks ({rows[0]["metric"]} '
@@ -1673,7 +1678,7 @@ def options():
         'dense.pt is beside it')
     add('--tau', type=float, help='of the --checkpoint, instead of the one it was saved with')
     add('--data', help='of the suite methods, as train.py takes it; so are other options of it')
-    add('--seeds', type=int, default=3, help='of the main rows of the suite methods')
+    add('--seeds', type=int, default=3, help='how many, of the main rows of the suite methods')
     add('--out_dir', help='of the suite methods: it goes on where it was')
     add('--json', metavar='FILE', help='write a JSON line for each row')
     add('--plot', metavar='FILE.png', help='draw the suite layer or methods')
@@ -1686,6 +1691,8 @@ def run_suites(o, shape=Shape()):
         raise BadInput('--impl=cpp needs a C++ compiler; the warning above says what failed')
     if o.impl == 'triton' and (kernel.triton is None or device == 'cpu'):
         raise BadInput('--impl=triton needs triton and a GPU; leave it out to use what is here')
+    if o.seeds < 1:
+        raise BadInput(f'--seeds={o.seeds}: says how many, 1 or more')
     if o.suite != 'engines' and (o.checkpoint or o.tau is not None):
         raise BadInput('--checkpoint and its --tau are for --suite=engines')
     plots = dict(layer=plot_layers, methods=plot_methods)

@@ -355,8 +355,8 @@ class Transformer(nn.Module):
         no more than this share of the FLOPs of every expert, or the least FLOPs at no more than
         this share added to the dense model's loss, as far as losses add up. Returns the model.
         BadInput if no tau is low enough, or nothing was measured."""
-        if (flops is None) == (max_loss is None):
-            raise BadInput('budget: give one, FLOPs or the loss that may be added')
+        if (flops is None) == (max_loss is None) or flops is not None and flops > 2:
+            raise BadInput('budget: give one, a share of the FLOPs or the loss that may be added')
         c, found = self.config, self.config.calibration
         if not c.router_loss:
             raise BadInput('budget needs routers: this model has none yet')
@@ -388,7 +388,8 @@ class Transformer(nn.Module):
             at = min(steps)[1]
         if flops is not None and cost(at) > flops or flops is None and added(at) > max_loss:
             raise BadInput(f'budget: {cost(at):.1%} of the FLOPs at {added(at):+.2%} of loss is as '
-                           'close as these routers come')
+                           'close as the measured taus come, up to '
+                           f'{max(menu[-1][0] for menu in menus)}')
         taus = [menu[i][0] for menu, i in zip(menus, at)]
         return self.set_rule(found['rule'], taus, found['floor'])
 

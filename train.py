@@ -517,6 +517,10 @@ def checked(o, corpus):
         if n_classes > n / 3:
             say_once(f'warning: {n:,} texts of {n_classes:,} classes: are labels and texts '
                      'swapped? The label comes first')
+        held = len(np.unique(corpus.val.classes))
+        if 2 * held <= n_classes <= n / 3:
+            say_once(f'warning: the held-out texts are of {held} of the {n_classes} classes: '
+                     'without --val they are every 10th line; shuffle the file')
         if counts[1] < 100:
             say_once(f'warning: {counts[1]} held-out texts decide: an accuracy is uncertain by '
                      f'about {50 / counts[1] ** 0.5:.0f} points')
@@ -750,6 +754,8 @@ def resolve(name, typed, value, source, path):
         refuse(values[option] != had, f'--{option}={values[option]}: {source} was made with '
                f'{had}; leave the option out, {START_AGAIN}')
     refuse_unread(name, typed, parent, source)
+    if not own and typed.get('phase') == name:
+        say_left_out(name, values, os.path.dirname(source))
     refuse(name in ('narrow', 'attn') and values['narrow'] and values['attn_projections'],
            '--narrow, --attn_projections: give one; the other has been here, use another --out_dir')
     # an optional phase would come between what is there already
@@ -787,6 +793,14 @@ def refuse_unread(name, typed, parent, source):
         how = f'with {made[option]}' if option in made else 'without it'
         refuse(typed[option] != made.get(option, known[option].default),
                f'--{option}={typed[option]}: {source} was made {how}; leave the option out')
+
+def say_left_out(name, values, folder):
+    """Of one phase alone that starts before an optional one has been, which is wanted."""
+    for other, before in PHASES.items():
+        path, wanted = os.path.join(folder, f'{before.writes}.pt'), getattr(before, 'wanted', '')
+        if before.writes in PHASES[name].reads and values.get(wanted) and not os.path.exists(path):
+            print(f'note: {path} is not there: --phase={other} makes it, of '
+                  f'--{wanted}={values[wanted]}; {name} goes on without')
 
 def run_phase(name, typed, value=None, source=None, path=None):
     """Bring one phase to its end, from nothing or from where it was stopped."""
