@@ -2259,10 +2259,10 @@ def test_labelled_texts(labelled, tmp_path, capsys):
     train.open_corpus(o, tmp_path)
     # a pattern of which every 10th line sees a part
     o.data = str(tmp_path / 'turns.tsv')
-    (tmp_path / 'turns.tsv').write_text('a\tthis\nb\tthat\n' * 30)
+    (tmp_path / 'turns.tsv').write_text('a\tx\nb\ty\nc\tz\nd\tx\ne\ty\n' * 20)
     train.open_corpus(o, tmp_path)
     said = capsys.readouterr().out
-    for warning in ('are cut', 'swapped?', '5 held-out texts decide', 'of 1 of the 2 classes'):
+    for warning in ('are cut', 'swapped?', '5 held-out texts decide', 'of 1 of the 5 classes'):
         assert warning in said
 
 # ------------------------------------------------------------------- the loop, the command
