@@ -426,8 +426,8 @@ class Transformer(nn.Module):
         FUSED.pop(self, None)
         here = self.wte.weight.device
         if self.dtype == 'int8' and f(torch.empty(0, device=here)).device != here:
-            raise BadInput(f'int8: its whole numbers lie as {here} wants them; move the model, then '
-                           'quantize it')
+            raise BadInput(f'int8: its whole numbers lie as {here} wants them; move the model '
+                           'first, then quantize it')
         return super()._apply(f, *args)
 
     def fused(self):

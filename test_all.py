@@ -1490,7 +1490,7 @@ def test_padding_on_either_side_and_autocast(config):
     (lambda: R.select(torch.ones(1, 2), 'other'), 'dynk, threshold'),
     (lambda: tiny(**CLS)(tokens(2, 6), torch.tensor([[1], [0]]) * ragged(6)[0]), 'without a token'),
     (lambda: tiny(**CLS)(tokens(2, 0)), 'without a token'),
-    (lambda: tiny().quantize('int8').to('meta'), 'move the model'),
+    (lambda: tiny().quantize('int8').to('meta'), 'move the model first'),
     (lambda: tiny().set_rule('dynk'), 'rule=dynk'),
     (lambda: routed(tiny()).set_rule('other'), 'rule=other'),
     (lambda: tiny().classify(['']), 'only a'), (lambda: tiny().generate(['a'], 1), 'one string'),
