@@ -149,7 +149,10 @@ def entries(found, paths=()):
     # a phase comes after what it reads
     standing, here = [], {None}
     for path, data in found.items():
-        if (paths or data['parent'] in here) and data['step'] >= data['steps']:
+        alone = paths and data['phase'] == 'dense' and data['parent'] not in here
+        if (alone or data['parent'] in here) and data['step'] >= data['steps']:
+            if alone:
+                print(f'note: what {path} was made from is not here; is it the right one?')
             standing.append(entry(path, data))
             here.add(standing[-1].hash)
         elif not paths:

@@ -83,8 +83,9 @@ def experts(x, mask, bundle, impl=None, rho=None):
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return reference(x, mask, bundle)
     # The compiler has to see one op; otherwise it would only cost 20 us, as much as a small layer.
+    # Inside, autocast does nothing.
     if torch.compiler.is_compiling():
-        return experts_op(x, mask, *bundle, impl, rho)
+        return experts_op(x.to(bundle.w_in.dtype), mask, *bundle, impl, rho).to(x.dtype)
     return IMPLS[impl or choose(x, mask, bundle, rho)](x, mask, bundle, rho)
 
 # The dispatcher: the first row that fits serves while rho < limit and, with a width, < s / width;

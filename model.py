@@ -422,13 +422,13 @@ class Transformer(nn.Module):
         self.dtype = dtype
         return self.eval().requires_grad_(False)
 
-    def _apply(self, f, *args):         # .to(), .bfloat16(): weights move
+    def _apply(self, f, *args, **more):     # .to(), .bfloat16(): weights move
         FUSED.pop(self, None)
         here = self.wte.weight.device
         if self.dtype == 'int8' and f(torch.empty(0, device=here)).device != here:
             raise BadInput(f'int8: its whole numbers lie as {here} wants them; move the model '
                            'first, then quantize it')
-        return super()._apply(f, *args)
+        return super()._apply(f, *args, **more)
 
     def fused(self):
         """The blocks as encode_int8 takes them: no router but the two-layer ones by their own rule.
@@ -585,7 +585,7 @@ class Transformer(nn.Module):
         h = self.encode(idx, attention_mask, token_type_ids, tap=tap, only=only)
         # whichever side is padded
         if self.config.head == 'cls' and not only and attention_mask is not None:
-            h = h[torch.arange(len(h), device=h.device), attention_mask.int().argmax(1)]
+            h = h[torch.arange(len(h), device=h.device), attention_mask.bool().int().argmax(1)]
         return h if self.config.head is None else self.logits(h)
 
     def loss(self, batch, tap=None):
@@ -720,7 +720,8 @@ def projection_width(n_embd):
     return round((n_embd ** 2 + n_embd) / (2 * n_embd + 1))
 
 def refuse_empty(layout):
-    if not layout.starts.diff().all():
+    # where nothing is padding there is nothing to look at, nor for a compiler to ask
+    if (layout.index is not None or not layout.L) and not layout.starts.diff().all():
         raise ValueError('a sequence without a token has no last hidden state')
 
 def census(layout, tap):
@@ -840,9 +841,9 @@ def check_writable(path, make_folder=False):
         raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
 
 def check_fp32(model, path):
-    if model.dtype != 'fp32' or any(p.dtype != torch.float32 for p in model.parameters()):
-        kind = model.dtype if model.dtype != 'fp32' else model.wte.weight.dtype
-        raise BadInput(f'{path}: a model in {kind} is for inference; save it before')
+    kinds = {model.dtype, *(str(p.dtype) for p in model.parameters())} - {'fp32', 'torch.float32'}
+    if kinds:
+        raise BadInput(f'{path}: a model in {min(kinds)} is for inference; save it before')
     if model.config.router_loss in ceilings():
         raise BadInput(f'{path}: routers of {model.config.router_loss} are made of the weights, '
                        'there is nothing to save; save it before')
@@ -1084,6 +1085,7 @@ def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
     d2dmoe.pt, which load(folder) reads, beside it; with replaced projections or FFNs of different
     sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
+    model = getattr(model, '_orig_mod', model)
     check_fp32(model, folder)
     path = os.path.join(folder, 'd2dmoe.pt')
     check_writable(path, make_folder=True)

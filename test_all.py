@@ -443,6 +443,10 @@ def test_compile_without_graph_breaks(T, act, bias):
     with torch.no_grad():
         assert near(f(x, mask), 2 * fp64(x, mask, bundle))
         assert near(f(x, None), 2 * fp64(x, mask | True, bundle))
+        with torch.autocast('cpu', bf16):
+            assert near(f(x.to(bf16), mask), 2 * fp64(x.to(bf16), mask, bundle))
+    bert, idx = tiny(**CLS), tokens(3, 7)
+    close(torch.compile(bert, fullgraph=True, backend='aot_eager')(idx), bert(idx))
     torch.library.opcheck(kernel.experts_op, (x, mask, *bundle, 'cpp', None),
                           test_utils=('test_schema', 'test_faketensor'))
 
@@ -1477,7 +1481,9 @@ def test_padding_on_either_side_and_autocast(config):
     idx, left = tokens(3, 12), keep.flip(1)
     want = torch.cat([m(row[k][None]) for row, k in zip(idx, keep)])
     moved = torch.zeros_like(idx).masked_scatter(left, idx[keep])
-    for only, (x, mask) in itertools.product((False, True), ((idx, keep), (moved, left))):
+    # a mask may count its tokens
+    masks = (idx, keep), (moved, left), (idx, keep * torch.arange(1, 13))
+    for only, (x, mask) in itertools.product((False, True), masks):
         close(m(x, mask, only=only), want)
         # the fastest linear of each shape class is known by then
         with torch.inference_mode():
@@ -2442,6 +2448,11 @@ def hostile(content, name='m.pt', read=M.load):
             assert most < 1e8 and 'OWNED' not in os.environ
     return job
 
+def mixed():
+    m = tiny()
+    m.blocks.bfloat16()
+    return m
+
 def uneven():
     m = tiny()
     m.ffns()[0].sort_neurons(range(8), [0, 8])
@@ -2524,6 +2535,7 @@ REFUSED = [
     (lambda folder: M.export(tiny().quantize('int8'), folder / 'x'), 'in int8 is for inference'),
     (lambda folder: M.save(tiny().quantize('bf16'), folder / 'm.pt'), 'in bf16 is for inference'),
     (lambda folder: M.save(tiny().double(), folder / 'm.pt'), 'in torch.float64 is for inference'),
+    (lambda folder: M.save(mixed(), folder / 'm.pt'), 'in torch.bfloat16 is for inference'),
     (lambda folder: M.save(routed(tiny(), kind='oracle'), folder / 'm.pt'), 'nothing to save'),
     (lambda folder: sparsify.Prune().prepare(uneven(), None), 'have lost neurons'),
     (lambda folder: moefy.expert_sizes(9, 10), 'n_experts=10: must be between 1 and the 9'),

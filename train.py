@@ -755,7 +755,7 @@ def resolve(name, typed, value, source, path):
                f'{had}; leave the option out, {START_AGAIN}')
     refuse_unread(name, typed, parent, source)
     if not own and typed.get('phase') == name:
-        say_left_out(name, values, os.path.dirname(source))
+        say_left_out(name, values, parent, os.path.dirname(source))
     refuse(name in ('narrow', 'attn') and values['narrow'] and values['attn_projections'],
            '--narrow, --attn_projections: give one; the other has been here, use another --out_dir')
     # an optional phase would come between what is there already
@@ -794,9 +794,11 @@ def refuse_unread(name, typed, parent, source):
         refuse(typed[option] != made.get(option, known[option].default),
                f'--{option}={typed[option]}: {source} was made {how}; leave the option out')
 
-def say_left_out(name, values, folder):
+def say_left_out(name, values, parent, folder):
     """Of one phase alone that starts before an optional one has been, which is wanted."""
-    for other, before in PHASES.items():
+    been = ancestors(parent['phase']) if parent else PHASES
+    for other in (other for other in PHASES if other not in been):
+        before = PHASES[other]
         path, wanted = os.path.join(folder, f'{before.writes}.pt'), getattr(before, 'wanted', '')
         if before.writes in PHASES[name].reads and values.get(wanted) and not os.path.exists(path):
             print(f'note: {path} is not there: --phase={other} makes it, of '
