@@ -83,7 +83,7 @@ def experts(x, mask, bundle, impl=None, rho=None):
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return reference(x, mask, bundle)
     # The compiler has to see one op; otherwise it would only cost 20 us, as much as a small layer.
-    # Inside, autocast does nothing.
+    # Autocast does not see inside.
     if torch.compiler.is_compiling():
         return experts_op(x.to(bundle.w_in.dtype), mask, *bundle, impl, rho).to(x.dtype)
     return IMPLS[impl or choose(x, mask, bundle, rho)](x, mask, bundle, rho)
@@ -185,7 +185,7 @@ def linear(x, weight, bias=None):
         return int8_linear(x, weight).to(x.dtype)
     # In this order: a compiler cannot trace the question for inference mode.
     plain = torch.compiler.is_compiling() or not x.is_cpu or not x.numel()
-    # Which casts what F.linear gets, and nothing else.
+    # Autocast casts for F.linear; oneDNN would be given two dtypes.
     plain = plain or torch.is_autocast_enabled('cpu')
     if plain or not torch.is_inference_mode_enabled():
         return F.linear(x, weight, bias)

@@ -355,7 +355,8 @@ class Transformer(nn.Module):
         no more than this share of the FLOPs of every expert, or the least FLOPs at no more than
         this share added to the dense model's loss, as far as losses add up. Returns the model.
         BadInput if no tau is low enough, or nothing was measured."""
-        if (flops is None) == (max_loss is None) or flops is not None and flops > 2:
+        # routers cost, too: a little above 1 is no mistake, 60 is one
+        if (flops is None) == (max_loss is None) or (flops or 0) > 2:
             raise BadInput('budget: give one, a share of the FLOPs or the loss that may be added')
         c, found = self.config, self.config.calibration
         if not c.router_loss:
@@ -620,7 +621,7 @@ class Transformer(nn.Module):
                 cache = [LayerCache(block) for _ in self.blocks]
             else:
                 window = idx[:, -1:]
-            # which is not left with tokens that nobody could learn from
+            # around the model alone: of tokens made in it nobody could learn
             with torch.inference_mode():
                 logits = self.logits(self.encode(window, cache=cache, only=True))        # (B, V)
             if temperature == 0:
@@ -840,18 +841,20 @@ def check_writable(path, make_folder=False):
     except (OSError, UnicodeEncodeError) as error:
         raise BadInput(f'{path}: cannot be written ({reason(error)})') from None
 
-def check_fp32(model, path):
+def savable(model, path):
+    """The model, without what torch.compile put around it. BadInput if it is for inference."""
+    model = getattr(model, '_orig_mod', model)
     kinds = {model.dtype, *(str(p.dtype) for p in model.parameters())} - {'fp32', 'torch.float32'}
     if kinds:
         raise BadInput(f'{path}: a model in {min(kinds)} is for inference; save it before')
     if model.config.router_loss in ceilings():
         raise BadInput(f'{path}: routers of {model.config.router_loss} are made of the weights, '
                        'there is nothing to save; save it before')
+    return model
 
 def save(model, path, **extra):
     """One dict for torch.load(weights_only=True): config, model, data, and what `extra` says."""
-    model = getattr(model, '_orig_mod', model)                   # what torch.compile made
-    check_fp32(model, path)
+    model = savable(model, path)
     data = dict(config=asdict(model.config), model=model.state_dict(), data=model.about) | extra
     write_atomically(path, lambda temporary: torch.save(data, temporary))
 
@@ -1085,8 +1088,7 @@ def export(model, folder):
     """Write a model as a plain GPT-2 or BERT folder for transformers, and as our checkpoint
     d2dmoe.pt, which load(folder) reads, beside it; with replaced projections or FFNs of different
     sizes, which no plain model has, only that. BadInput if the folder is there and not empty."""
-    model = getattr(model, '_orig_mod', model)
-    check_fp32(model, folder)
+    model = savable(model, folder)
     path = os.path.join(folder, 'd2dmoe.pt')
     check_writable(path, make_folder=True)
     if os.listdir(folder):

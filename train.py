@@ -518,9 +518,9 @@ def checked(o, corpus):
             say_once(f'warning: {n:,} texts of {n_classes:,} classes: are labels and texts '
                      'swapped? The label comes first')
         held = len(np.unique(corpus.val.classes))
-        if 2 * held <= n_classes <= n / 3:
-            say_once(f'warning: the held-out texts are of {held} of the {n_classes} classes: '
-                     'without --val they are every 10th line; shuffle the file')
+        if 2 * held <= n_classes <= n / 3 and not o.val:
+            say_once(f'warning: the held-out texts, every 10th line, are of {held} of the '
+                     f'{n_classes} classes: shuffle the file, or give --val')
         if counts[1] < 100:
             say_once(f'warning: {counts[1]} held-out texts decide: an accuracy is uncertain by '
                      f'about {50 / counts[1] ** 0.5:.0f} points')
